@@ -1,0 +1,4280 @@
+#!/usr/bin/env python3
+"""zs3: S3-compatible object storage on plain files, in one module of the standard library.
+
+    python zs3.py --port=9000             the server; `python zs3.py --help` is the manual
+    data/mybucket/folder/file.txt         is the object `folder/file.txt` of the bucket `mybucket`
+
+The path of a request, by section:
+
+    socket -> head (11) -> Request, its body unread (4) -> signature, from the head alone (5) -> route,
+    one row of a table (10) -> role and names checked (10) -> operation (9, 8) -> store, which reads the
+    body (6) into a temporary file and renames it once (7) -> Response, a value (4) -> socket (11)
+
+Sections:
+
+     1 Limits
+     2 Errors
+     3 Wire encoding
+     4 Requests and responses
+     5 Signature Version 4
+     6 Request bodies and checksums
+     7 Storage
+     8 Multipart
+     9 Operations
+    10 Routes
+    11 HTTP server
+    12 Command line
+
+On disk, under --data-dir:
+
+    BUCKET/KEY            an object at its literal path; what describes it is in one extended attribute
+    .keys/BUCKET/NAME     objects whose key no path can spell (`a//b`, `dir/`) or whose path is taken (`a` beside `a/b`)
+    .meta/BUCKET/         when the bucket was made; descriptions that extended attributes cannot hold
+    .uploads/BUCKET/ID/   multipart uploads in progress: 00000 is the upload, 00001 to 10000 its parts
+    .tmp/                 files being written: never an object until renamed
+    .locks/               empty files that processes sharing the folder lock
+
+Refused, always with an S3 error and without a change: every sub-resource that no route names (versioning,
+ACLs, policies, tagging, lifecycle, object lock, encryption, ...) and every declared digest, length, date or
+signature that does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import hmac
+import http.client
+import importlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import zlib
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate, parsedate_to_datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote, unquote_to_bytes
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+VERSION = "1.0.0"
+LOG = logging.getLogger("zs3")
+
+# ===== 1 Limits =====
+
+KiB, MiB, GiB = 1024, 1024**2, 1024**3
+
+MAX_HEAD_BYTES = 16 * KiB  # request line and headers; long presigned URLs and 2 KB of metadata fit
+MAX_KEY_BYTES = 1024  # of UTF-8; S3 "Object key names"
+MIN_BUCKET_CHARS, MAX_BUCKET_CHARS = 3, 63  # S3 "Bucket naming rules"
+MAX_METADATA_BYTES = (
+    2 * KiB
+)  # names and values of x-amz-meta-* together; S3 "User-defined metadata"
+MAX_PUT_BYTES = 5 * GiB  # one PUT or part; S3 "Uploading objects"
+MIN_PART_BYTES = 5 * MiB  # every part but the last; S3 "Multipart upload limits"
+MAX_PART_NUMBER = 10_000  # S3 "Multipart upload limits"
+MAX_DELETE_KEYS = 1000  # of one DeleteObjects; S3 API reference
+MAX_PAGE_ITEMS = 1000  # of one listing; a larger max-keys is taken as this
+MAX_PAGE_BUCKETS = 10_000  # ListBuckets max-buckets
+MAX_DOCUMENT_BYTES = 4 * MiB  # an XML request body: 10,000 parts with checksums fit
+MAX_TRAILER_BYTES = 4 * KiB  # everything after the last chunk of a body
+MAX_CHUNK_LINE_BYTES = 512  # a chunk's size and signature
+MAX_PRESIGNED_SECONDS = 7 * 24 * 3600  # X-Amz-Expires; S3 "Query string authentication"
+MAX_SKEW_SECONDS = 15 * 60  # between a request's date and ours; S3 "RequestTimeTooSkewed"
+MAX_CONNECTIONS = 1024  # per process; one thread each, the next is told SlowDown
+MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
+MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
+BLOCK_BYTES = MiB  # a body is read, hashed and written in blocks of this
+CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
+SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
+SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
+LINGER_SECONDS = (
+    5.0  # a refused upload is still read for this long, so that its sender sees the answer
+)
+SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
+TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
+RACY_SECONDS = (
+    2.0  # a directory changed more recently may change again within one tick of its mtime
+)
+UPLOAD_EXPIRY_SECONDS = 7 * 24 * 3600.0  # default of --upload-expiry
+SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
+LOCK_STRIPES = 64  # keys share this many lock files
+
+# ===== 2 Errors =====
+
+# Code -> HTTP status and message. (S3 API reference, "Error responses")
+ERRORS: dict[str, tuple[int, str]] = {
+    "AccessControlListNotSupported": (400, "The bucket does not allow ACLs."),
+    "AccessDenied": (403, "Access Denied."),
+    "AccessForbidden": (403, "CORSResponse: This CORS request is not allowed."),
+    "AuthorizationHeaderMalformed": (400, "The authorization header is malformed."),
+    "AuthorizationQueryParametersError": (400, "The authorization query parameters are malformed."),
+    "BadDigest": (400, "The digest you specified did not match the content we received."),
+    "BucketAlreadyOwnedByYou": (409, "Your previous request to create the named bucket succeeded."),
+    "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
+    "EntityTooLarge": (400, "Your proposed upload exceeds the maximum allowed size."),
+    "EntityTooSmall": (400, "Your proposed upload is smaller than the minimum allowed size."),
+    "HTTPVersionNotSupported": (505, "Only HTTP/1.1 and HTTP/1.0 are spoken here."),
+    "IncompleteBody": (400, "The body ended before the number of bytes it declared."),
+    "InsufficientStorage": (507, "There is no space left on the server's disk."),
+    "InternalError": (500, "We encountered an internal error. Please try again."),
+    "InvalidAccessKeyId": (403, "The access key id you provided does not exist in our records."),
+    "InvalidArgument": (400, "Invalid argument."),
+    "InvalidBucketName": (400, "The specified bucket is not valid."),
+    "InvalidChunkSizeError": (400, "A chunk of the body is framed wrongly."),
+    "InvalidDigest": (400, "The Content-MD5 or checksum value that you specified is not valid."),
+    "InvalidPart": (400, "One or more of the specified parts could not be found or does not match."),
+    "InvalidPartNumber": (416, "The requested partnumber is not satisfiable."),
+    "InvalidPartOrder": (400, "The list of parts was not in ascending order."),
+    "InvalidRange": (416, "The requested range is not satisfiable."),
+    "InvalidRequest": (400, "The request is not valid."),
+    "InvalidStorageClass": (400, "The only storage class here is STANDARD."),
+    "InvalidToken": (400, "Session tokens are not issued here, so none is valid."),
+    "InvalidURI": (400, "Couldn't parse the specified URI."),
+    "KeyTooLongError": (400, "Your key is too long."),
+    "MalformedXML": (400, "The XML you provided was not well-formed or is not what is expected here."),
+    "MetadataTooLarge": (400, "Your metadata headers exceed the maximum allowed metadata size."),
+    "MethodNotAllowed": (405, "The specified method is not allowed against this resource."),
+    "MissingContentLength": (411, "You must provide the Content-Length HTTP header."),
+    "MissingSecurityHeader": (400, "Your request is missing a required header."),
+    "NoSuchBucket": (404, "The specified bucket does not exist."),
+    "NoSuchBucketPolicy": (404, "The bucket policy does not exist."),
+    "NoSuchCORSConfiguration": (404, "The CORS configuration does not exist."),
+    "NoSuchKey": (404, "The specified key does not exist."),
+    "NoSuchLifecycleConfiguration": (404, "The lifecycle configuration does not exist."),
+    "NoSuchObjectLockConfiguration": (404, "The object has no object lock configuration."),
+    "NoSuchPublicAccessBlockConfiguration": (404, "The public access block does not exist."),
+    "NoSuchTagSet": (404, "The TagSet does not exist."),
+    "NoSuchUpload": (404, "The specified multipart upload does not exist."),
+    "NoSuchVersion": (404, "Versions are not kept here: the only version id is null."),
+    "NoSuchWebsiteConfiguration": (404, "The bucket has no website configuration."),
+    "NotImplemented": (501, "This functionality is not implemented."),
+    "ObjectLockConfigurationNotFoundError": (404, "Object lock is not configured for this bucket."),
+    "OwnershipControlsNotFoundError": (404, "The bucket ownership controls were not found."),
+    "PreconditionFailed": (412, "At least one of the preconditions you specified did not hold."),
+    "ReplicationConfigurationNotFoundError": (404, "The replication configuration was not found."),
+    "RequestHeaderSectionTooLarge": (431, "Your request header section is too large."),
+    "RequestTimeTooSkewed": (403, "The request time and the server's time differ too much."),
+    "RequestTimeout": (400, "Your socket connection was not read from or written to in time."),
+    "ServerSideEncryptionConfigurationNotFoundError": (404, "No encryption is configured."),
+    "SignatureDoesNotMatch": (403, "The request signature we calculated does not match yours."),
+    "SlowDown": (503, "Please reduce your request rate, or try again later."),
+    "XAmzContentSHA256Mismatch": (400, "The x-amz-content-sha256 you sent does not match the body."),
+}  # fmt: skip
+
+# What the operating system may say of a disk or a limit -> what the client is told.
+OS_ERRORS = {
+    errno.ENOSPC: "InsufficientStorage",
+    errno.EDQUOT: "InsufficientStorage",
+    errno.EFBIG: "InsufficientStorage",
+    errno.EACCES: "AccessDenied",
+    errno.EROFS: "AccessDenied",
+    errno.EMFILE: "SlowDown",
+    errno.ENFILE: "SlowDown",
+}
+
+
+class S3Error(Exception):
+    """An answer other than success: `code` is a row of ERRORS; `details` become elements of the XML."""
+
+    def __init__(
+        self, code: str, message: str = "", headers: dict[str, str] | None = None, **details: object
+    ) -> None:
+        self.code = code
+        self.status, default = ERRORS[code]
+        self.message = message or default
+        self.headers = headers or {}
+        self.details = details
+        super().__init__(f"{code}: {self.message}")
+
+
+# ===== 3 Wire encoding =====
+
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110, 5.6.2)
+PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
+PLAIN_QUERY = re.compile(r"[A-Za-z0-9\-_.~=&]*")  # nothing to decode or to encode
+UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
+
+
+def uri_encode(text: str, safe: str = "") -> str:
+    """Percent-encode as SigV4 does: all but A-Z a-z 0-9 - _ . ~ and `safe`, in upper case."""
+    return quote(text, safe=safe + "~")
+
+
+def uri_decode(text: str) -> str:
+    """Undo percent-encoding, once. `text` is latin-1, the result UTF-8. InvalidURI when it cannot be."""
+    if "%" not in text and text.isascii():
+        return text
+    if PERCENT.search(text):
+        raise S3Error("InvalidURI")
+    try:
+        return unquote_to_bytes(text.encode("latin-1")).decode("utf-8")
+    except UnicodeDecodeError:
+        raise S3Error("InvalidURI", "The URI is not UTF-8.") from None
+
+
+def split_query(raw_query: str) -> list[tuple[str, str]]:
+    """A query as decoded names and values, in the order sent; "+" is a space, `?x` is `?x=`."""
+    pairs = []
+    for piece in raw_query.split("&"):
+        if piece:
+            name, _, value = piece.replace("+", "%20").partition("=")
+            pairs.append((uri_decode(name), uri_decode(value)))
+    return pairs
+
+
+@functools.lru_cache(maxsize=4096)
+def http_date(seconds: int) -> str:
+    """Seconds since the epoch as in headers: Sun, 06 Nov 1994 08:49:37 GMT (RFC 9110, 5.6.7)."""
+    return formatdate(seconds, usegmt=True)
+
+
+def iso_date(seconds: float) -> str:
+    """Seconds since the epoch as in XML: 1994-11-06T08:49:37.123Z."""
+    milliseconds = int(seconds * 1000)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
+    return f"{whole}.{milliseconds % 1000:03d}Z"
+
+
+def parse_http_date(text: str) -> float | None:
+    """Seconds since the epoch; None for what is no date, which RFC 9110 (13.1.3) says to ignore."""
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError):
+        return None
+
+
+class Xml(str):
+    """Markup: text that is escaped already."""
+
+    __slots__ = ()
+
+
+def escape(text: str) -> str:
+    """Text as it may stand in XML. What XML cannot carry becomes a character reference, as in S3."""
+    if "&" in text or "<" in text or ">" in text:
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    if text.isprintable():
+        return text
+    return UNSPELLABLE.sub(lambda found: f"&#x{ord(found[0]):x};", text)
+
+
+def element(name: str, *children: object) -> Xml:
+    """<name>children</name>: Xml as it is, True and False in lower case, anything else escaped."""
+    inner = "".join(
+        child
+        if type(child) is Xml
+        else escape(
+            str(child).lower() if child in (True, False) and isinstance(child, bool) else str(child)
+        )
+        for child in children
+    )
+    return Xml(f"<{name}>{inner}</{name}>")
+
+
+def xml_document(root: str, *children: object, namespace: bool = True) -> bytes:
+    """A whole answer of S3 as UTF-8."""
+    text = element(root, *children)
+    if namespace:
+        text = Xml(text.replace(">", ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/">', 1))
+    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + text.encode("utf-8")
+
+
+def parse_xml(document: bytes, root: str) -> Element:
+    """The tree of a request body whose root is `root`, without namespaces. MalformedXML for anything
+    else, and for a document type declaration, whose entities could grow without end."""
+    builder = TreeBuilder()
+    parser = expat.ParserCreate(namespace_separator="}")
+
+    def refuse(*_: object) -> None:
+        raise S3Error("MalformedXML", "A document type declaration is not accepted.")
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = lambda name, _: builder.start(name.rpartition("}")[2], {})
+    parser.EndElementHandler = lambda name: builder.end(name.rpartition("}")[2])
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(document, True)
+    except expat.ExpatError:
+        raise S3Error("MalformedXML") from None
+    tree = builder.close()
+    if tree.tag != root:
+        raise S3Error("MalformedXML", f"The root element must be {root}.")
+    return tree
+
+
+def parse_range(text: str, size: int) -> tuple[int, int] | None:
+    """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for what is
+    to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange past the end."""
+    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", text, re.ASCII)
+    if found is None or not (found[1] or found[2]):
+        return None
+    if found[1]:
+        start = int(found[1])
+        end = min(int(found[2]), size - 1) if found[2] else size - 1
+        if found[2] and int(found[2]) < start:
+            return None
+    else:
+        start, end = max(size - int(found[2]), 0), size - 1
+    if start > end:
+        raise S3Error(
+            "InvalidRange",
+            headers={"Content-Range": f"bytes */{size}"},
+            ActualObjectSize=size,
+            RangeRequested=text,
+        )
+    return start, end - start + 1
+
+
+def parse_integer(text: str, name: str, low: int, high: int) -> int:
+    """A decimal parameter within [low, high]; InvalidArgument otherwise."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+        raise S3Error(
+            "InvalidArgument",
+            f"{name} must be an integer between {low} and {high}.",
+            ArgumentName=name,
+            ArgumentValue=text,
+        )
+    return int(text)
+
+
+# ===== 4 Requests and responses =====
+
+
+class Content(Protocol):
+    """An object's bytes on their way out: a snapshot, whatever is written meanwhile."""
+
+    def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
+        """Exactly the bytes [start, start + length), in order."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class Stream(NamedTuple):
+    """A body of `length` bytes of `content` from `start`; whoever writes it closes the content."""
+
+    content: Content
+    start: int
+    length: int
+
+
+@dataclass
+class Response:
+    """What is to be sent. A HEAD request gets the head of it alone."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | Stream = b""
+
+
+class Credential(NamedTuple):
+    """Who may ask: `role` is admin, writer or reader."""
+
+    role: str
+    access: str
+    secret: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides for every request."""
+
+    credentials: dict[str, Credential]  # by access key
+    public_read: frozenset[str] = frozenset()  # buckets that anyone may read
+    cors_origins: tuple[str, ...] = ()  # "*" for any
+    domain: str = ""  # BUCKET.domain is the bucket, too
+    min_part_bytes: int = MIN_PART_BYTES
+    region: str = "us-east-1"
+
+
+@dataclass
+class Request:
+    """A request's head, and its body yet to be read. Header names are in lower case and values latin-1,
+    as on the wire; `path` and `raw_query` are percent-encoded, as signed."""
+
+    method: str
+    path: str
+    raw_query: str
+    headers: dict[str, str]
+    settings: Settings
+    version: str = "HTTP/1.1"
+    client: str = ""
+    id: str = ""
+    query: dict[str, str] = field(default_factory=dict)
+    bucket: str = ""
+    key: str = ""
+    credential: Credential | None = None  # None: nobody signed it
+    wire: WireBody = field(default_factory=lambda: WireBody(io.BytesIO(), 0))
+    body: Body = field(default_factory=lambda: Body(io.BytesIO(), 0))
+
+    def header(self, name: str) -> str:
+        """The value, or ""."""
+        return self.headers.get(name, "")
+
+
+def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
+    """Method, path, query, version and headers of a request's head, which ends with an empty line.
+
+    Stricter than RFC 9112 wherever two readers could disagree on where a request ends: no folded lines,
+    no blanks around a name, no bare CR or LF, one Host. Repeated headers are joined by commas."""
+    lines = head[:-4].decode("latin-1").split("\r\n")
+    parts = lines[0].split(" ")
+    if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
+        raise S3Error("InvalidRequest", "The request line is malformed.")
+    method, target, version = parts
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise S3Error("HTTPVersionNotSupported")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if (
+            not colon
+            or not TOKEN.fullmatch(name)
+            or "\n" in value
+            or "\r" in value
+            or "\0" in value
+        ):
+            raise S3Error("InvalidRequest", "A header line is malformed.")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in ("host", "content-length", "transfer-encoding"):
+                raise S3Error("InvalidRequest", f"The header {name} is repeated.")
+            value = f"{headers[name]},{value}"
+        headers[name] = value
+    if target.startswith("http://"):  # absolute-form (RFC 9112, 3.2.2)
+        target = "/" + target[7:].partition("/")[2]
+    if (
+        not target.startswith("/")
+        or not target.isascii()
+        or (version == "HTTP/1.1" and "host" not in headers)
+    ):
+        raise S3Error(
+            "InvalidRequest", "The request target or the Host header is missing or malformed."
+        )
+    path, _, raw_query = target.partition("?")
+    return method, path, raw_query, version, headers
+
+
+def body_length(headers: Mapping[str, str], version: str) -> int | None:
+    """How many bytes follow the head; None when they come in HTTP chunks. One way to say it, or an
+    error: whoever reads a length differently from us reads the rest as another request."""
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+    if encoding is not None:
+        if length is not None or version == "HTTP/1.0":
+            raise S3Error(
+                "InvalidRequest", "Transfer-Encoding goes with neither Content-Length nor HTTP/1.0."
+            )
+        if encoding.lower() != "chunked":
+            raise S3Error("NotImplemented", "The only transfer encoding here is chunked.")
+        return None
+    if length is None:
+        return 0
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
+        raise S3Error("InvalidRequest", "Content-Length is not a number.")
+    return int(length)
+
+
+def address(request: Request) -> tuple[str, str]:
+    """Bucket and key, "" where there is none, from the path (and the host, for virtual-host addressing).
+    `/b` and `/b/` are both the bucket; a key may begin with slashes."""
+    host = request.header("host").rpartition(":")[0] or request.header("host")
+    domain = "." + request.settings.domain
+    if len(domain) > 1 and host.endswith(domain):
+        return host[: -len(domain)], uri_decode(request.path[1:])
+    bucket, _, key = request.path[1:].partition("/")
+    return uri_decode(bucket), uri_decode(key)
+
+
+def is_bucket_name(name: str) -> bool:
+    """S3 "General purpose bucket naming rules"."""
+    return (
+        MIN_BUCKET_CHARS <= len(name) <= MAX_BUCKET_CHARS
+        and re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name) is not None
+        and ".." not in name
+        and re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name) is None
+        and not name.startswith(("xn--", "sthree-", "amzn-s3-demo-"))
+        and not name.endswith(("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3"))
+    )
+
+
+def check_key(key: str) -> None:
+    """KeyTooLongError; InvalidArgument for what would lead out of the bucket's folder."""
+    size = len(key.encode())
+    if size > MAX_KEY_BYTES:
+        raise S3Error("KeyTooLongError", MaxSizeAllowed=MAX_KEY_BYTES, Size=size)
+    if not key or (("." in key) and not {".", ".."}.isdisjoint(key.split("/"))):
+        raise S3Error(
+            "InvalidArgument", "A key cannot be empty or have a component that is . or ..", Key=key
+        )
+
+
+# ===== 5 Signature Version 4 =====
+# (AWS: "Authenticating Requests (AWS Signature Version 4)" in the S3 API reference; its steps, its words.)
+
+ALGORITHM = "AWS4-HMAC-SHA256"
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
+SIGNED_CHUNKS = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+SIGNED_CHUNKS_TRAILER = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
+UNSIGNED_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+STREAMING_PAYLOADS = (SIGNED_CHUNKS, SIGNED_CHUNKS_TRAILER, UNSIGNED_TRAILER)
+
+
+class Authorization(NamedTuple):
+    """What a request says of its signature. `date` is YYYYMMDD, `amz_date` YYYYMMDDTHHMMSSZ,
+    `expires` the seconds that a presigned URL holds, None for a signature in the header."""
+
+    access: str
+    date: str
+    region: str
+    amz_date: str
+    signed_headers: str  # lower-case names joined by ";"
+    signature: str  # hex
+    expires: int | None = None
+
+    @property
+    def scope(self) -> str:
+        """The credential scope."""
+        return f"{self.date}/{self.region}/s3/aws4_request"
+
+
+def sha256_hex(data: bytes) -> str:
+    """The SHA-256 of `data`, in lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_uri(path: str) -> str:
+    """Step 1. The path decoded and encoded anew, since clients differ in what they leave as it is. In
+    S3, unlike other services, it is encoded once and `//` and `..` stay."""
+    if (
+        "%" not in path
+        and PLAIN_QUERY.fullmatch(path.replace("/", ""))
+        and "=" not in path
+        and "&" not in path
+    ):
+        return path
+    return quote(unquote_to_bytes(path.encode("latin-1")), safe="/~")
+
+
+def canonical_query(raw_query: str) -> str:
+    """Step 1. Names and values encoded, sorted by both, without the signature itself."""
+    pairs = (pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature")
+    return "&".join(sorted(f"{uri_encode(name)}={uri_encode(value)}" for name, value in pairs))
+
+
+def canonical_request(
+    method: str,
+    path: str,
+    raw_query: str,
+    headers: Mapping[str, str],
+    signed_headers: str,
+    payload_hash: str,
+) -> str:
+    """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization.signed_headers."""
+    lines = [
+        f"{name}:{' '.join(headers.get(name, '').split())}\n" for name in signed_headers.split(";")
+    ]
+    return "\n".join(
+        (
+            method,
+            canonical_uri(path),
+            canonical_query(raw_query) if raw_query else "",
+            "".join(lines),
+            signed_headers,
+            payload_hash,
+        )
+    )
+
+
+def string_to_sign(amz_date: str, scope: str, canonical: str) -> str:
+    """Step 2. `amz_date` is YYYYMMDDTHHMMSSZ; `scope` is date/region/service/aws4_request."""
+    return f"{ALGORITHM}\n{amz_date}\n{scope}\n{sha256_hex(canonical.encode('latin-1'))}"
+
+
+@functools.lru_cache(maxsize=256)
+def signing_key(secret: str, date: str, region: str, service: str = "s3") -> bytes:
+    """Step 3. The key of one day, region and service. `date` is YYYYMMDD."""
+    key = b"AWS4" + secret.encode()
+    for message in (date, region, service, "aws4_request"):
+        key = hmac.digest(key, message.encode(), "sha256")
+    return key
+
+
+def signature(key: bytes, text: str) -> str:
+    """Step 4. The HMAC-SHA256 of a string to sign, in hex."""
+    return hmac.digest(key, text.encode(), "sha256").hex()
+
+
+def sign_headers(
+    method: str,
+    host: str,
+    path: str,
+    raw_query: str,
+    headers: Mapping[str, str],
+    payload_hash: str,
+    credential: tuple[str, str],
+    amz_date: str,
+    region: str = "us-east-1",
+) -> dict[str, str]:
+    """The headers of a signed request: `headers` (lower-case names) and what signing adds to them.
+    `path` is percent-encoded, `credential` access key and secret."""
+    access, secret = credential
+    signed = {**headers, "host": host, "x-amz-date": amz_date, "x-amz-content-sha256": payload_hash}
+    names = ";".join(sorted(signed))
+    scope = f"{amz_date[:8]}/{region}/s3/aws4_request"
+    canonical = canonical_request(method, path, raw_query, signed, names, payload_hash)
+    proof = signature(
+        signing_key(secret, amz_date[:8], region), string_to_sign(amz_date, scope, canonical)
+    )
+    signed["authorization"] = (
+        f"{ALGORITHM} Credential={access}/{scope}, SignedHeaders={names}, Signature={proof}"
+    )
+    return signed
+
+
+def authorization_from_header(request: Request) -> Authorization:
+    """`Authorization: AWS4-HMAC-SHA256 Credential=..., SignedHeaders=..., Signature=...`"""
+    method, _, rest = request.headers["authorization"].partition(" ")
+    if method != ALGORITHM:
+        raise S3Error(
+            "InvalidRequest",
+            f"The authorization mechanism is not supported. Please use {ALGORITHM}.",
+        )
+    fields = dict(piece.strip().partition("=")[::2] for piece in rest.split(","))
+    if not {"Credential", "SignedHeaders", "Signature"} <= fields.keys():
+        raise S3Error("AuthorizationHeaderMalformed")
+    amz_date = request.header("x-amz-date")
+    if not amz_date:
+        seconds = parse_http_date(request.header("date"))
+        if seconds is None:
+            raise S3Error(
+                "AccessDenied", "A signed request needs a valid Date or x-amz-date header."
+            )
+        amz_date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
+    scope = credential_scope(fields["Credential"], amz_date, "AuthorizationHeaderMalformed")
+    return Authorization(*scope, amz_date, fields["SignedHeaders"], fields["Signature"])
+
+
+def authorization_from_query(query: Mapping[str, str]) -> Authorization:
+    """A presigned URL. (S3 API reference, "Authenticating Requests: Using Query Parameters")"""
+    names = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
+    values = [query.get(f"X-Amz-{name}", "") for name in names]
+    algorithm, credential, amz_date, expires, signed_headers, proof = values
+    if not all(values) or algorithm != ALGORITHM:
+        raise S3Error(
+            "AuthorizationQueryParametersError",
+            f"Query-string authentication needs {', '.join(f'X-Amz-{name}' for name in names)}, with {ALGORITHM}.",
+        )
+    if (
+        not expires.isdecimal()
+        or not expires.isascii()
+        or not 1 <= int(expires[:20]) <= MAX_PRESIGNED_SECONDS
+    ):
+        raise S3Error(
+            "AuthorizationQueryParametersError",
+            f"X-Amz-Expires must be between 1 and {MAX_PRESIGNED_SECONDS} seconds.",
+        )
+    scope = credential_scope(credential, amz_date, "AuthorizationQueryParametersError")
+    return Authorization(*scope, amz_date, signed_headers, proof, int(expires))
+
+
+def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
+    """Access key, date and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; S3Error(code) otherwise."""
+    pieces = text.rsplit("/", 4)
+    if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
+        raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
+    if pieces[1] != amz_date[:8]:
+        raise S3Error(code, "The date of the Credential is not that of the request.")
+    return pieces[0], pieces[1], pieces[2]
+
+
+@functools.lru_cache(maxsize=64)
+def parse_amz_date(amz_date: str) -> float | None:
+    """Seconds since the epoch of YYYYMMDDTHHMMSSZ; None for anything else."""
+    if not re.fullmatch(r"\d{8}T\d{6}Z", amz_date, re.ASCII):
+        return None
+    try:
+        moment = time.strptime(amz_date, "%Y%m%dT%H%M%SZ")
+    except ValueError:
+        return None
+    return float(calendar_seconds(moment))
+
+
+def calendar_seconds(moment: time.struct_time) -> int:
+    """Seconds since the epoch of a moment in UTC."""
+    import calendar
+
+    return calendar.timegm(moment)
+
+
+def check_date(auth: Authorization, now: float) -> None:
+    """A header's date is within 15 minutes of `now`; a presigned URL has begun and has not expired."""
+    signed = parse_amz_date(auth.amz_date)
+    if signed is None:
+        raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
+    if auth.expires is None:
+        if abs(now - signed) > MAX_SKEW_SECONDS:
+            raise S3Error(
+                "RequestTimeTooSkewed",
+                RequestTime=auth.amz_date,
+                ServerTime=iso_date(now),
+                MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000,
+            )
+    elif now < signed - MAX_SKEW_SECONDS:
+        raise S3Error("AccessDenied", "Request is not valid yet", ServerTime=iso_date(now))
+    elif now > signed + auth.expires:
+        raise S3Error(
+            "AccessDenied",
+            "Request has expired",
+            Expires=iso_date(signed + auth.expires),
+            ServerTime=iso_date(now),
+        )
+
+
+def check_signed_headers(request: Request, auth: Authorization) -> None:
+    """Host and every x-amz-* header must be signed: what is not could have been added by anyone."""
+    signed = auth.signed_headers.split(";")
+    unsigned = [
+        name for name in request.headers if name.startswith("x-amz-") and name not in signed
+    ]
+    if "host" not in signed or unsigned:
+        raise S3Error(
+            "AccessDenied",
+            "There were headers present in the request which were not signed",
+            HeadersNotSigned=", ".join(unsigned or ["host"]),
+        )
+
+
+def payload_hash(request: Request, auth: Authorization) -> str:
+    """What the client signed as its payload: a SHA-256 in hex or one of the names above."""
+    declared = request.header("x-amz-content-sha256") or request.query.get(
+        "X-Amz-Content-Sha256", ""
+    )
+    if not declared and auth.expires is None:
+        raise S3Error(
+            "MissingSecurityHeader",
+            "Missing required header for this request: x-amz-content-sha256",
+        )
+    return declared or UNSIGNED_PAYLOAD
+
+
+def authenticate(
+    request: Request, secrets_by_access: Mapping[str, str], now: float
+) -> Authorization | None:
+    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds since
+    the epoch. Raises the S3Error of whatever does not hold."""
+    in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
+    if "authorization" not in request.headers and not in_query:
+        return None
+    if "authorization" in request.headers and in_query:
+        raise S3Error(
+            "InvalidArgument",
+            "Only one auth mechanism is allowed: the query or the Authorization header.",
+        )
+    auth = (
+        authorization_from_query(request.query) if in_query else authorization_from_header(request)
+    )
+    secret = secrets_by_access.get(auth.access)
+    if secret is None:
+        raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=auth.access)
+    if "x-amz-security-token" in request.headers or "X-Amz-Security-Token" in request.query:
+        raise S3Error("InvalidToken")
+    check_date(auth, now)
+    check_signed_headers(request, auth)
+    check_signature(request, auth, signing_key(secret, auth.date, auth.region))
+    return auth
+
+
+def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
+    """SignatureDoesNotMatch, with all that is needed to find out why, unless the signature holds."""
+    payload = payload_hash(request, auth)
+    texts = []
+    for host in dict.fromkeys((request.header("host"), request.header("host").partition(":")[0])):
+        # git-annex signs Host without its port.
+        headers = {**request.headers, "host": host}
+        canonical = canonical_request(
+            request.method, request.path, request.raw_query, headers, auth.signed_headers, payload
+        )
+        texts.append((canonical, string_to_sign(auth.amz_date, auth.scope, canonical)))
+        if hmac.compare_digest(signature(key, texts[-1][1]).encode(), auth.signature.encode()):
+            return
+    canonical, text = texts[0]
+    raise S3Error(
+        "SignatureDoesNotMatch",
+        AWSAccessKeyId=auth.access,
+        StringToSign=text,
+        SignatureProvided=auth.signature,
+        StringToSignBytes=text.encode().hex(" "),
+        CanonicalRequest=canonical,
+        CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
+    )
+
+
+# ===== 6 Request bodies and checksums =====
+
+
+class WireBody(io.RawIOBase):
+    """The bytes that follow a request's head, as HTTP frames them: `length` of them, or chunks where
+    it is None (RFC 9112, 7.1). The first read sends `100 Continue` if the client waits for it."""
+
+    def __init__(
+        self, wire: Any, length: int | None, proceed: Callable[[], None] | None = None
+    ) -> None:
+        self._wire = wire
+        self._chunked = length is None
+        self._left = length or 0  # of the body, or of the current chunk
+        self._proceed = proceed
+        self.ended = length == 0
+        self.failed = (
+            False  # framing was lost or the client went away: the connection is of no more use
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether the client still waits for `100 Continue`, and so has sent nothing."""
+        return self._proceed is not None
+
+    def readable(self) -> bool:
+        """For io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
+        if self.ended:
+            return 0
+        if self._proceed is not None:
+            self._proceed()
+            self._proceed = None
+        try:
+            return self._read(memoryview(buffer).cast("B"))
+        except TimeoutError:
+            self.failed = True
+            raise S3Error("RequestTimeout") from None
+        except S3Error:
+            self.failed = True
+            raise
+
+    def _read(self, view: memoryview) -> int:
+        if self._left == 0 and not self._next_chunk():
+            return 0
+        got = self._wire.readinto(view[: self._left])
+        if not got:
+            raise S3Error("IncompleteBody")
+        self._left -= got
+        if self._left == 0:
+            if not self._chunked:
+                self.ended = True
+            elif self._wire.readline(3) != b"\r\n":
+                raise S3Error("InvalidChunkSizeError")
+        return got
+
+    def _next_chunk(self) -> bool:
+        """Read a chunk's size; at the last chunk also the trailers, which mean nothing here."""
+        line = self._wire.readline(MAX_CHUNK_LINE_BYTES)
+        self._left = parse_chunk_size(line)
+        if self._left:
+            return True
+        trailers = 0
+        while line != b"\r\n":
+            line = self._wire.readline(MAX_TRAILER_BYTES)
+            trailers += len(line)
+            if not line.endswith(b"\r\n") or trailers > MAX_TRAILER_BYTES:
+                raise S3Error("InvalidChunkSizeError")
+        self.ended = True
+        return False
+
+
+def parse_chunk_size(line: bytes) -> int:
+    """The size in `1f4;extension\\r\\n`. IncompleteBody, InvalidChunkSizeError."""
+    if not line:
+        raise S3Error("IncompleteBody")
+    digits = line[:-2].partition(b";")[0]
+    if not line.endswith(b"\r\n") or not re.fullmatch(rb"[0-9a-fA-F]{1,15}", digits):
+        raise S3Error("InvalidChunkSizeError")
+    return int(digits, 16)
+
+
+class ChunkSigner:
+    """The chain of chunk signatures: each covers the one before it.
+    (S3 API reference, "Signature Calculations ... Transferring Payload in Multiple Chunks")"""
+
+    def __init__(self, auth: Authorization, key: bytes) -> None:
+        self._auth, self._key = auth, key
+        self._previous = auth.signature
+
+    def check(self, kind: str, middle: str, digest: str, given: str) -> None:
+        """`kind` is PAYLOAD or TRAILER; `middle` stands between the two hashes where the kind has it."""
+        text = f"{ALGORITHM}-{kind}\n{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}\n{middle}{digest}"
+        expected = signature(self._key, text)
+        if not hmac.compare_digest(expected.encode(), given.encode()):
+            raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
+        self._previous = expected
+
+
+class AwsChunks(io.RawIOBase):
+    """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0 the
+    trailers as `name:value` lines. Each chunk's signature is checked at its end, if there is a signer."""
+
+    def __init__(self, source: io.RawIOBase, signer: ChunkSigner | None, trailer: str) -> None:
+        self._source = io.BufferedReader(source, SMALL_BYTES)
+        self._signer = signer
+        self._expected = trailer.strip().lower()  # the name x-amz-trailer announced, or ""
+        self._left = 0  # of the current chunk
+        self._digest = hashlib.sha256()
+        self._given = ""
+        self._ended = False
+        self.trailers: dict[str, str] = {}
+
+    def readable(self) -> bool:
+        """For io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with decoded bytes; 0 at the end. Raises what does not hold."""
+        if self._ended or (self._left == 0 and not self._next_chunk()):
+            return 0
+        view = memoryview(buffer)[: self._left]
+        got = self._source.readinto(view)
+        if not got:
+            raise S3Error("IncompleteBody")
+        self._left -= got
+        if self._signer is not None:
+            self._digest.update(view[:got])
+        if self._left == 0:
+            if self._source.read(2) != b"\r\n":
+                raise S3Error("InvalidChunkSizeError")
+            self._check_chunk()
+        return got
+
+    def _next_chunk(self) -> bool:
+        line = self._source.readline(MAX_CHUNK_LINE_BYTES)
+        self._left = parse_chunk_size(line)
+        name, _, given = line[:-2].partition(b";")[2].partition(b"=")
+        if self._signer is not None and name != b"chunk-signature":
+            raise S3Error("InvalidChunkSizeError", "A chunk has no signature.")
+        self._given = given.decode("latin-1")
+        if self._left:
+            return True
+        self._check_chunk()
+        self._read_trailers()
+        self._ended = True
+        return False
+
+    def _check_chunk(self) -> None:
+        if self._signer is not None:
+            self._signer.check(
+                "PAYLOAD", EMPTY_SHA256 + "\n", self._digest.hexdigest(), self._given
+            )
+            self._digest = hashlib.sha256()
+
+    def _read_trailers(self) -> None:
+        """What is left of the body: the announced trailer and its signature, and nothing else."""
+        rest = self._source.read(MAX_TRAILER_BYTES + 1)
+        if len(rest) > MAX_TRAILER_BYTES:
+            raise S3Error("InvalidChunkSizeError", "There is too much after the last chunk.")
+        for line in rest.decode("latin-1").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip():
+                self.trailers[name.strip().lower()] = value.strip()
+        proof = self.trailers.pop("x-amz-trailer-signature", "")
+        if self.trailers.keys() - {self._expected} or (self._expected and not self.trailers):
+            raise S3Error("InvalidRequest", "The trailers are not what x-amz-trailer announced.")
+        if self._signer is not None and self._expected:
+            lines = "".join(f"{name}:{value}\n" for name, value in self.trailers.items())
+            self._signer.check("TRAILER", "", sha256_hex(lines.encode("latin-1")), proof)
+
+
+class Crc:
+    """A reflected CRC of `width` bits, init and xorout all ones, called as zlib.crc32 is.
+
+    A message is a polynomial over GF(2) and its CRC the remainder by P. Reflected, a message is one
+    little-endian integer whose bit 0 is the highest power, and `polynomial` is P without x^width.
+
+    A multiple of P with few terms, 1 + y^hop + y^hop + ... (y = 1/x; found by search), leaves the
+    remainder as it was: a one at bit j may be cleared if bit j + hop is flipped for each hop. Over
+    GF(2) squaring a polynomial doubles its exponents, so hops that are all doubled k times do as
+    well, and a few shifts of big integers clear half of a megabyte at once.
+    """
+
+    def __init__(self, width: int, polynomial: int, hops: tuple[int, ...]) -> None:
+        self.width, self.polynomial, self.hops = width, polynomial, hops
+        self.ones = (1 << width) - 1
+
+    def __call__(self, data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+        """The CRC of what `crc` covers, then `data`; takes about 5 times the memory of `data`."""
+        state = crc ^ self.ones
+        if len(data) * 8 > self.hops[-1]:
+            data, state = self._fold(int.from_bytes(data, "little") ^ state, len(data) * 8), 0
+        table = self._table
+        for byte in data:
+            state = table[(state ^ byte) & 0xFF] ^ state >> 8
+        return state ^ self.ones
+
+    def combine(self, crc_a: int, crc_b: int, length_b: int) -> int:
+        """The CRC of A + B from those of A and B, and the length of B in bytes."""
+        power, exponent = 1 << (self.width - 2), length_b * 8  # x^1, as the highest bit is x^0
+        while exponent:
+            if exponent & 1:
+                crc_a = self._multiply(crc_a, power)
+            power = self._multiply(power, power)
+            exponent >>= 1
+        return crc_a ^ crc_b
+
+    def _fold(self, bits: int, length: int) -> bytes:
+        """At most hops[-1] bits (as whole bytes) with the remainder that the `length` bits have."""
+        first, last = self.hops[0], self.hops[-1]
+        for k in reversed(range((length // last).bit_length())):
+            while (count := min(first << k, length - (last << k))) > 0:
+                low, flips = bits & ((1 << count) - 1), 0
+                for hop in self.hops:
+                    flips ^= low << ((hop - first) << k)
+                bits = (bits >> count) ^ (flips << ((first << k) - count))
+                length -= count
+        padding = -length % 8  # zeros before the highest power change nothing
+        return (bits << padding).to_bytes((length + padding) // 8, "little")
+
+    def _multiply(self, a: int, b: int) -> int:
+        """a * b modulo P."""
+        product = 0
+        for i in reversed(range(self.width)):
+            product ^= b * (a >> i & 1)
+            b = (b >> 1) ^ self.polynomial * (b & 1)
+        return product
+
+    @functools.cached_property
+    def _table(self) -> list[int]:
+        """Each byte times x^8: what it leaves behind when it is shifted out of the state."""
+        return [self._multiply(byte, 1 << (self.width - 9)) for byte in range(256)]
+
+
+CRCS = {
+    "CRC32": Crc(32, 0xEDB88320, (718, 765, 832, 887, 895)),
+    "CRC32C": Crc(32, 0x82F63B78, (454, 505, 510, 532, 563)),
+    "CRC64NVME": Crc(
+        64, 0x9A6C9329AC4BC9B5, (1320, 1395, 1474, 1769, 1882, 1962, 1997, 2164, 2219)
+    ),
+}
+
+
+@functools.cache
+def crc_function(algorithm: str) -> Callable[..., int]:
+    """The fastest f(data, crc=0) for a row of CRCS. Ask when it is needed: awscrt takes 8 MB."""
+    if algorithm == "CRC32":
+        return zlib.crc32
+    try:
+        module = importlib.import_module("awscrt.checksums")
+        function: Callable[..., int] = getattr(module, algorithm.lower())
+    except (ImportError, AttributeError):  # not installed, or too old for crc64nvme
+        function = CRCS[algorithm]
+    return function
+
+
+class CrcDigest:
+    """A CRC with the interface of hashlib's objects."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._function = crc_function(algorithm)
+        self._size = CRCS[algorithm].width // 8
+        self._value = 0
+
+    def update(self, data: memoryview) -> None:
+        """Take in more bytes, not too many at once: the interpreter is busy with them until the end."""
+        for at in range(0, len(data), CRC_PIECE_BYTES):
+            self._value = self._function(data[at : at + CRC_PIECE_BYTES], self._value)
+
+    def digest(self) -> bytes:
+        """The value of all bytes so far, big-endian."""
+        return self._value.to_bytes(self._size, "big")
+
+
+class Digest(Protocol):
+    """What hashlib's objects and CrcDigest have in common."""
+
+    def update(self, data: Any, /) -> None:
+        """Take in more bytes."""
+
+    def digest(self) -> bytes:
+        """The value of all bytes so far."""
+
+
+# Checksum algorithm, as in x-amz-checksum-algorithm -> a new Digest.
+CHECKSUMS: dict[str, Callable[[], Digest]] = {
+    "CRC32": lambda: CrcDigest("CRC32"),
+    "CRC32C": lambda: CrcDigest("CRC32C"),
+    "CRC64NVME": lambda: CrcDigest("CRC64NVME"),
+    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+    "SHA256": hashlib.sha256,
+}
+
+
+def md5_digest() -> Digest:
+    """An MD5 for ETags, which are no security."""
+    return hashlib.md5(usedforsecurity=False)
+
+
+def checksum_header(algorithm: str) -> str:
+    """x-amz-checksum-crc32 for CRC32."""
+    return f"x-amz-checksum-{algorithm.lower()}"
+
+
+def decode_digest(text: str, size: int) -> bytes:
+    """The `size` bytes that base64 `text` stands for; InvalidDigest otherwise."""
+    try:
+        value = base64.b64decode(text, validate=True)
+    except ValueError:
+        value = b""
+    if len(value) != size:
+        raise S3Error("InvalidDigest")
+    return value
+
+
+class Body:
+    """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid until
+    the next is asked for. The iteration ends only when all that the client declared was verified
+    (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it, `length` is
+    the bytes seen, `md5` their MD5 in hex and `checksums` algorithm -> base64 of what is to be stored."""
+
+    def __init__(
+        self, source: io.RawIOBase | io.BufferedIOBase, size: int | None, limit: int = MAX_PUT_BYTES
+    ) -> None:
+        self.size = size  # as declared; None when the client did not say
+        self.length = 0
+        self.md5 = ""
+        self.checksums: dict[str, str] = {}
+        self.source = source
+        self._limit = limit
+        self._expected: dict[str, bytes] = {}  # digest name -> value declared
+        self._digests: dict[str, Digest] = {"MD5": md5_digest()}
+        self._trailer = ""  # the checksum algorithm whose value comes after the data
+
+    def expect(self, name: str, value: bytes) -> None:
+        """`name` is MD5, PAYLOAD (the signed SHA-256) or a checksum algorithm."""
+        self.compute(name)
+        self._expected[name] = value
+
+    def expect_trailer(self, algorithm: str) -> None:
+        """The value of this checksum comes after the data."""
+        self.compute(algorithm)
+        self._trailer = algorithm
+
+    def compute(self, name: str) -> None:
+        """Have this digest in `checksums` at the end."""
+        if name not in self._digests:
+            self._digests[name] = hashlib.sha256() if name == "PAYLOAD" else CHECKSUMS[name]()
+
+    def __iter__(self) -> Iterator[memoryview]:
+        if self.size is not None and self.size > self._limit:
+            raise self._too_large()
+        block = memoryview(bytearray(min(BLOCK_BYTES, max(self.size or BLOCK_BYTES, 1))))
+        while got := self._fill(block):
+            self.length += got
+            if self.length > self._limit:
+                raise self._too_large()
+            if self.size is not None and self.length > self.size:
+                raise S3Error("IncompleteBody", "The body is longer than it declared.")
+            for digest in self._digests.values():
+                digest.update(block[:got])
+            yield block[:got]
+        self._finish()
+
+    def _fill(self, block: memoryview) -> int:
+        """Read until the block is full or the body ends."""
+        got = 0
+        while got < len(block):
+            count = self.source.readinto(block[got:])
+            if not count:
+                break
+            got += count
+        return got
+
+    def _too_large(self) -> S3Error:
+        return S3Error(
+            "EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=self.size or self.length
+        )
+
+    def _finish(self) -> None:
+        if self.size is not None and self.length != self.size:
+            raise S3Error("IncompleteBody")
+        if self._trailer:
+            trailers = self.source.trailers if isinstance(self.source, AwsChunks) else {}
+            value = trailers.get(checksum_header(self._trailer), "")
+            self._expected[self._trailer] = decode_digest(
+                value, len(self._digests[self._trailer].digest())
+            )
+        for name, expected in self._expected.items():
+            if not hmac.compare_digest(self._digests[name].digest(), expected):
+                if name == "PAYLOAD":
+                    raise S3Error("XAmzContentSHA256Mismatch")
+                raise S3Error(
+                    "BadDigest", f"The {name} you specified did not match what we received."
+                )
+        self.md5 = self._digests["MD5"].digest().hex()
+        self.checksums = {
+            name: base64.b64encode(digest.digest()).decode()
+            for name, digest in self._digests.items()
+            if name in CHECKSUMS
+        }
+
+    def read_all(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+        """A small document, whole and verified; EntityTooLarge beyond `limit` bytes."""
+        self._limit = limit
+        return b"".join(bytes(block) for block in self)
+
+
+class ContentReader(io.RawIOBase):
+    """A range of an object as a file, for a Body: how a part is copied from an object."""
+
+    def __init__(self, content: Content, start: int, length: int) -> None:
+        self._chunks = content.chunks(start, length)
+        self._rest = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the next chunk; 0 at the end."""
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        got = min(len(buffer), len(self._rest))
+        buffer[:got] = self._rest[:got]
+        self._rest = self._rest[got:]
+        return got
+
+
+def declared_checksums(headers: Mapping[str, str]) -> dict[str, str]:
+    """Algorithm -> base64 of every x-amz-checksum-* header that is a value. InvalidRequest for an
+    algorithm that is not here: a checksum that cannot be checked is not to be taken on trust."""
+    found = {}
+    for name, value in headers.items():
+        if name.startswith("x-amz-checksum-") and name[15:] not in ("algorithm", "type", "mode"):
+            algorithm = name[15:].upper()
+            if algorithm not in CHECKSUMS:
+                raise S3Error("InvalidRequest", f"{name} is not one of {', '.join(CHECKSUMS)}.")
+            found[algorithm] = value
+    if len(found) > 1:
+        raise S3Error("InvalidRequest", "Expecting a single x-amz-checksum- header.")
+    return found
+
+
+def parse_algorithm(text: str) -> str:
+    """A checksum algorithm's name in upper case, "" for none; InvalidRequest for any other."""
+    algorithm = text.upper()
+    if algorithm and algorithm not in CHECKSUMS:
+        raise S3Error(
+            "InvalidRequest", f"The checksum algorithm must be one of {', '.join(CHECKSUMS)}."
+        )
+    return algorithm
+
+
+def open_body(request: Request, auth: Authorization | None) -> Body:
+    """The body of a request as its headers declare it. Nothing is read yet, no digest is missed."""
+    payload = (
+        payload_hash(request, auth)
+        if auth
+        else request.header("x-amz-content-sha256") or UNSIGNED_PAYLOAD
+    )
+    if payload in STREAMING_PAYLOADS:
+        body = open_chunked_body(request, payload, auth)
+    else:
+        length = body_length(request.headers, request.version)
+        body = Body(request.wire, length)
+        if payload != UNSIGNED_PAYLOAD:
+            if not re.fullmatch("[0-9a-f]{64}", payload):
+                raise S3Error(
+                    "InvalidArgument",
+                    "x-amz-content-sha256 must be a SHA-256 in hex, UNSIGNED-PAYLOAD or STREAMING-*.",
+                )
+            body.expect("PAYLOAD", bytes.fromhex(payload))
+    if "content-md5" in request.headers:
+        body.expect("MD5", decode_digest(request.headers["content-md5"], 16))
+    return body
+
+
+def expect_checksums(request: Request) -> None:
+    """Have the body checked against the x-amz-checksum-* header or trailer of a PutObject or UploadPart
+    (a Complete carries the one of the whole object there)."""
+    values = declared_checksums(request.headers)
+    for algorithm, value in values.items():
+        request.body.expect(algorithm, decode_digest(value, len(CHECKSUMS[algorithm]().digest())))
+    trailer = request.header("x-amz-trailer").strip().lower()
+    if trailer:
+        algorithm = parse_algorithm(trailer.removeprefix("x-amz-checksum-"))
+        if (
+            values
+            or not isinstance(request.body.source, AwsChunks)
+            or not trailer.startswith("x-amz-checksum-")
+        ):
+            raise S3Error(
+                "InvalidRequest", "x-amz-trailer names one checksum, of a body that ends with it."
+            )
+        request.body.expect_trailer(algorithm)
+        values = {algorithm: ""}
+    announced = parse_algorithm(request.header("x-amz-sdk-checksum-algorithm"))
+    if announced and announced not in values:
+        raise S3Error(
+            "InvalidRequest",
+            "x-amz-sdk-checksum-algorithm specified, but no such checksum was found.",
+        )
+
+
+def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
+    """A body in aws-chunked encoding, told by x-amz-content-sha256 (minio-go sends no Content-Encoding)."""
+    signer = None
+    if payload != UNSIGNED_TRAILER:
+        if auth is None:
+            raise S3Error("AccessDenied", "Signed chunks need a signed request.")
+        key = request.settings.credentials[auth.access].secret
+        signer = ChunkSigner(auth, signing_key(key, auth.date, auth.region))
+    declared = request.header("x-amz-decoded-content-length")
+    if not declared:
+        raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
+    size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
+    trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
+    return Body(AwsChunks(request.wire, signer, trailer), size)
+
+
+# ===== 7 Storage =====
+
+UPLOADS = ".uploads"  # the bucket of uploads in progress, which no client can name
+
+
+class PartInfo(NamedTuple):
+    """One part of a finished multipart object. `checksum` is base64, "" when there is none."""
+
+    size: int
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What is known of an object. `etag` is without quotes; `modified` in seconds since the epoch;
+    `headers` are stored headers by lower-case name; `checksums` algorithm -> base64 (base64-N for a
+    composite one); `parts` and `upload_id` are those of the multipart upload it came from, if any."""
+
+    key: str
+    size: int
+    etag: str
+    modified: float
+    headers: dict[str, str] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
+    checksum_type: str = ""  # FULL_OBJECT, COMPOSITE or ""
+    parts: tuple[PartInfo, ...] = ()
+    upload_id: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """All but the key, as JSON can hold it, without what is empty."""
+        record = {"size": self.size, "etag": self.etag, "modified": self.modified}
+        optional = {
+            "headers": self.headers,
+            "checksums": self.checksums,
+            "checksum_type": self.checksum_type,
+            "parts": [list(part) for part in self.parts],
+            "upload_id": self.upload_id,
+        }
+        return record | {name: value for name, value in optional.items() if value}
+
+    @classmethod
+    def from_record(cls, key: str, record: Mapping[str, Any]) -> ObjectInfo:
+        """The inverse of record()."""
+        parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
+        return cls(
+            key,
+            record["size"],
+            record["etag"],
+            record["modified"],
+            record.get("headers", {}),
+            record.get("checksums", {}),
+            record.get("checksum_type", ""),
+            parts,
+            record.get("upload_id", ""),
+        )
+
+
+class BucketInfo(NamedTuple):
+    """`created` is in seconds since the epoch."""
+
+    name: str
+    created: float
+
+
+def etag_matches(header: str, etag: str) -> bool:
+    """Whether an If-Match or If-None-Match header names this ETag, or any (RFC 9110, 8.8.3.2)."""
+    given = [candidate.strip().removeprefix("W/").strip('"') for candidate in header.split(",")]
+    return "*" in given or etag in given
+
+
+class Condition(NamedTuple):
+    """The If-Match and If-None-Match headers of a write, as sent. (S3 "Conditional requests")"""
+
+    if_match: str | None = None
+    if_none_match: str | None = None
+
+    def check(self, current: ObjectInfo | None) -> None:
+        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed, NotImplemented."""
+        if self.if_none_match is not None:
+            if self.if_none_match.strip() != "*":
+                raise S3Error("NotImplemented", "If-None-Match of a write can only be *.")
+            if current is not None:
+                raise S3Error("PreconditionFailed", Condition="If-None-Match")
+        if self.if_match is not None:
+            if current is None:
+                raise S3Error("NoSuchKey")
+            if not etag_matches(self.if_match, current.etag):
+                raise S3Error("PreconditionFailed", Condition="If-Match")
+
+
+NO_CONDITION = Condition()
+
+
+class Store(Protocol):
+    """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket UPLOADS
+    is always there and never listed. A method that changes something has done so when it returns."""
+
+    def start(self) -> None:
+        """Begin whatever runs in the background: the server is about to answer."""
+
+    def list_buckets(self) -> list[BucketInfo]:
+        """Sorted by name."""
+
+    def stat_bucket(self, bucket: str) -> BucketInfo:
+        """NoSuchBucket."""
+
+    def create_bucket(self, bucket: str) -> bool:
+        """False when it was there."""
+
+    def delete_bucket(self, bucket: str) -> None:
+        """NoSuchBucket, BucketNotEmpty."""
+
+    def put_object(
+        self, bucket: str, key: str, body: Body, headers: dict[str, str], condition: Condition
+    ) -> ObjectInfo:
+        """NoSuchBucket, what Condition.check raises, what the body raises."""
+
+    def stat_object(self, bucket: str, key: str) -> ObjectInfo:
+        """NoSuchBucket, NoSuchKey."""
+
+    def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, Content]:
+        """The caller closes the content. NoSuchBucket, NoSuchKey."""
+
+    def copy_object(
+        self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
+    ) -> ObjectInfo:
+        """Store `content`, which open_object gave, under another key, described by `info` but for key and
+        modified. NoSuchBucket, what Condition.check raises."""
+
+    def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
+        """Deleting what is not there succeeds. NoSuchBucket, what Condition.check raises."""
+
+    def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
+        """The objects whose keys begin with `prefix` and are not below `start`, in the order of their
+        UTF-8 bytes, which is that of str, lazily. With a delimiter, any one key may stand for all that
+        share it up to the first delimiter after the prefix. NoSuchBucket."""
+
+    def concatenate(
+        self,
+        bucket: str,
+        key: str,
+        parts: Sequence[ObjectInfo],
+        info: ObjectInfo,
+        condition: Condition,
+    ) -> ObjectInfo:
+        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for key and
+        modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket; Condition.check's."""
+
+    def internal(self, request: Request) -> Response:
+        """Answer a request under /_zs3/ that is not for the server itself."""
+
+    def close(self) -> None:
+        """End what runs in the background."""
+
+
+class FileContent(io.FileIO):
+    """An open file: whatever replaces it, it stays what it was."""
+
+    def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
+        """See Content. Ends early if somebody cuts the file short meanwhile."""
+        while length > 0 and (data := os.pread(self.fileno(), min(length, BLOCK_BYTES), start)):
+            yield data
+            start += len(data)
+            length -= len(data)
+
+
+SPELLED_NAME_CHARS = 200  # of a path component
+SPELLED = [
+    chr(byte) if 0x30 <= byte <= 0x7D else f"{'+' if byte < 0x30 else '~'}{byte:02X}"
+    for byte in range(256)
+]  # fmt: skip
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def spell(key: str) -> str:
+    """A key as a path that any file system can hold, in an order that is that of the keys: bytes of
+    0-9 : ; < = > ? @ A-Z [ \\ ] ^ _ ` a-z { | } as they are, those below as +XX, those above as ~XX; cut
+    after every SPELLED_NAME_CHARS into directories, whose names end in "!", which sorts below them all."""
+    text = "".join(SPELLED[byte] for byte in key.encode())
+    pieces = [text[at : at + SPELLED_NAME_CHARS] for at in range(0, len(text), SPELLED_NAME_CHARS)]
+    return "!/".join(pieces)
+
+
+def unspell(path: str) -> str:
+    """The inverse of spell."""
+    text = path.replace("!/", "")
+    return unquote_to_bytes(text.replace("%", "%25").replace("+", "%").replace("~", "%")).decode()
+
+
+class FileLocks:
+    """Locks by name that hold across threads and across the processes that share a folder. They guard
+    the decision what an object is: the check of a condition, the rename, and what goes with it."""
+
+    def __init__(self, folder: str, kind: str, stripes: int) -> None:
+        self._path = f"{folder}/{kind}"
+        self._threads = [threading.Lock() for _ in range(stripes)]
+        self._files = [-1] * stripes  # opened when first used
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """One name at a time. Not to be held twice by one thread: names share stripes."""
+        stripe = zlib.crc32(name.encode()) % len(self._files)
+        with self._threads[stripe]:  # flock alone would let the threads of a process in together
+            if self._files[stripe] < 0:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                self._files[stripe] = os.open(f"{self._path}-{stripe:02x}", flags, 0o666)
+            fcntl.flock(self._files[stripe], fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._files[stripe], fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the lock files."""
+        for file in self._files:
+            if file >= 0:
+                os.close(file)
+
+
+class DirectoryCache:
+    """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At most
+    MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._entries: OrderedDict[str, tuple[tuple[int, int, int], list[str]]] = OrderedDict()
+        self._names = 0
+
+    def names(self, path: str) -> list[str]:
+        """Regular files by name, directories by name and "/", sorted; [] if it is not there. Sorted so,
+        names stand in the order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
+        try:
+            status = os.stat(path)
+            identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            with self._lock:
+                entry = self._entries.get(path)
+                if entry is not None and entry[0] == identity:
+                    self._entries.move_to_end(path)
+                    return entry[1]
+            settled = time.time() - status.st_mtime > RACY_SECONDS
+            names = sorted(read_names(path))
+        except OSError as error:
+            if error.errno not in NOTHING_THERE:
+                raise
+            return []
+        if settled:
+            self._remember(path, identity, names)
+        return names
+
+    def _remember(self, path: str, identity: tuple[int, int, int], names: list[str]) -> None:
+        with self._lock:
+            _, replaced = self._entries.pop(path, (None, []))
+            self._entries[path] = (identity, names)
+            self._names += len(names) - len(replaced)
+            while self._names > MAX_CACHED_NAMES:
+                _, (_, dropped) = self._entries.popitem(last=False)
+                self._names -= len(dropped)
+
+
+def read_names(path: str) -> Iterator[str]:
+    """The names in a directory that can be part of a key: regular files, and directories with a "/"."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if not name.isascii() and not is_utf8(name):
+                continue  # no key can say it
+            if entry.is_dir():
+                yield name + "/"
+            elif entry.is_file():
+                yield name
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is UTF-8: what is not, Python shows with surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def record_holds(record: Any, status: os.stat_result) -> bool:
+    """Whether a file is still the one that its record describes."""
+    return bool(record) and (record["mtime"], record["size"]) == (
+        status.st_mtime_ns,
+        status.st_size,
+    )
+
+
+class FileStore:
+    """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
+    describes it is set on the file before the rename, so both appear, and are replaced, together."""
+
+    XATTR = "user.zs3"
+    OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for a writer of a FIFO
+
+    def __init__(self, root: str, fsync: bool = False) -> None:
+        self._root = os.path.abspath(root)
+        self._fsync = fsync
+        for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
+            os.makedirs(os.path.join(self._root, folder), exist_ok=True)
+        self._key_locks = FileLocks(f"{self._root}/.locks", "key", LOCK_STRIPES)
+        self._bucket_locks = FileLocks(f"{self._root}/.locks", "bucket", 1)
+        self._directories = DirectoryCache()
+        self._temp_names = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
+
+    def start(self) -> None:
+        """Remove what earlier servers left half-written."""
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+
+    def close(self) -> None:
+        """Give back the lock files."""
+        self._key_locks.close()
+        self._bucket_locks.close()
+
+    def internal(self, request: Request) -> Response:
+        """Nothing: peers are for distributed mode."""
+        raise S3Error("NoSuchKey", Key=request.path)
+
+    # --- Buckets ---
+
+    def list_buckets(self) -> list[BucketInfo]:
+        """See Store. A directory of the data folder that has a bucket's name is a bucket."""
+        found = []
+        for name in self._directories.names(self._root):
+            if name.endswith("/") and is_bucket_name(name[:-1]):
+                with contextlib.suppress(S3Error):  # deleted meanwhile
+                    found.append(self.stat_bucket(name[:-1]))
+        return found
+
+    def stat_bucket(self, bucket: str) -> BucketInfo:
+        """See Store. A bucket made by hand was created when it was last changed."""
+        self._require_bucket(bucket)
+        for path in (self._created_path(bucket), self._bucket_path(bucket)):
+            with contextlib.suppress(FileNotFoundError):
+                return BucketInfo(bucket, os.stat(path).st_mtime)
+        raise S3Error("NoSuchBucket", BucketName=bucket)
+
+    def create_bucket(self, bucket: str) -> bool:
+        """See Store."""
+        with self._bucket_locks.hold(bucket):
+            try:
+                os.mkdir(self._bucket_path(bucket))
+            except FileExistsError:
+                self._require_bucket(bucket)  # it might be a file
+                return False
+            os.makedirs(os.path.dirname(self._created_path(bucket)), exist_ok=True)
+            with open(self._created_path(bucket), "w", encoding="utf-8"):
+                pass  # its mtime is what it says
+            self._sync_folder(self._root)
+        return True
+
+    def delete_bucket(self, bucket: str) -> None:
+        """See Store. Nothing but empty directories is ever removed, so no race can lose an object."""
+        for _ in self.scan(bucket, "", "", "/"):
+            raise S3Error("BucketNotEmpty", BucketName=bucket)
+        with self._bucket_locks.hold(bucket):
+            try:
+                for folder in (
+                    self._bucket_path(bucket),
+                    os.path.join(self._root, ".keys", bucket),
+                ):
+                    remove_empty_folders(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise S3Error("BucketNotEmpty", BucketName=bucket) from None
+            remove_files(os.path.join(self._root, ".meta", bucket))
+            self._sync_folder(self._root)
+
+    def _bucket_path(self, bucket: str) -> str:
+        return f"{self._root}/{bucket}"
+
+    def _created_path(self, bucket: str) -> str:
+        return f"{self._root}/.meta/{bucket}/created"
+
+    def _require_bucket(self, bucket: str) -> None:
+        if not os.path.isdir(self._bucket_path(bucket)):
+            raise S3Error("NoSuchBucket", BucketName=bucket)
+
+    # --- Paths ---
+
+    def _literal_path(self, bucket: str, key: str) -> str:
+        """Where an ordinary key's file is; "" for a key that no path can spell."""
+        if key[0] == "/" or key[-1] == "/" or "//" in key or "\0" in key:
+            return ""
+        if len(key) > MAX_FILE_NAME_BYTES // 4:  # a character has at most 4 bytes
+            if any(len(name.encode()) > MAX_FILE_NAME_BYTES for name in key.split("/")):
+                return ""
+        return f"{self._root}/{bucket}/{key}"
+
+    def _special_path(self, bucket: str, key: str) -> str:
+        """Where the file of any other key is."""
+        return f"{self._root}/.keys/{bucket}/{spell(key)}"
+
+    def _paths(self, bucket: str, key: str) -> list[str]:
+        """Where the key's file may be. The literal path wins: it is the one people see."""
+        literal, special = self._literal_path(bucket, key), self._special_path(bucket, key)
+        return [literal, special] if literal else [special]
+
+    # --- Descriptions ---
+
+    def _side_path(self, bucket: str, key: str, status: os.stat_result) -> str:
+        """The file that describes a file which cannot describe itself. Its name holds the size and mtime it
+        is true for, so that it can be written before the object is renamed into place."""
+        digest = sha256_hex(key.encode())
+        return f"{self._root}/.meta/{bucket}/{digest[:2]}/{digest}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+    def _write_record(self, file: int, bucket: str, info: ObjectInfo) -> ObjectInfo:
+        """Describe a finished temporary file by an extended attribute or, where the file system has none or
+        no room in it, by a side file. Returns `info` with the file's time."""
+        os.utime(file)  # a network file system would otherwise set the time when it pleases
+        status = os.fstat(file)
+        info = replace(info, modified=status.st_mtime_ns / 1e9)
+        record = info.record() | {"mtime": status.st_mtime_ns}
+        del record["modified"]  # it is the file's
+        text = json.dumps(record, separators=(",", ":")).encode()
+        try:
+            os.setxattr(file, self.XATTR, text)
+        except (AttributeError, OSError):  # no such call, not supported, or too large
+            path = self._side_path(bucket, info.key, status)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as side:
+                side.write(json.dumps(record | {"key": info.key}).encode())
+                side.flush()
+                if self._fsync:
+                    os.fsync(side.fileno())
+            self._sync_folder(os.path.dirname(path))
+        return info
+
+    def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
+        """What _write_record wrote for an open file or a path; {} for one that somebody copied in."""
+        try:
+            return json.loads(os.getxattr(file, self.XATTR))
+        except (AttributeError, OSError):
+            try:
+                with open(self._side_path(bucket, key, status), "rb") as side:
+                    return json.loads(side.read())
+            except FileNotFoundError:
+                return {}
+
+    def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
+        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited it: its
+        ETag is then made of its size and mtime, with a dash, lest a client take it for an MD5."""
+        modified = status.st_mtime_ns / 1e9
+        if record_holds(record, status):
+            return ObjectInfo.from_record(key, record | {"modified": modified})
+        etag = f"{status.st_mtime_ns:016x}{status.st_size:016x}-0"
+        return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {}))
+
+    def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
+        """The object at a path, if it is one. Two calls by path may meet two files, one replacing the
+        other: where they disagree, look again through one open file."""
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            record = self._read_record(path, bucket, key, status)
+            if record and not record_holds(record, status):
+                file, status = self._open_file(path)
+                with contextlib.closing(FileContent(file)):
+                    record = self._read_record(file, bucket, key, status)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return self._describe(key, status, record)
+
+    def _open_file(self, path: str) -> tuple[int, os.stat_result]:
+        """An open regular file. FileNotFoundError for anything else."""
+        file = os.open(path, self.OPEN_FLAGS)
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(file)
+            raise FileNotFoundError(path)
+        return file, status
+
+    # --- Reading ---
+
+    def stat_object(self, bucket: str, key: str) -> ObjectInfo:
+        """See Store."""
+        info = self._current(bucket, key)
+        if info is None:
+            self._require_bucket(bucket)
+            raise S3Error("NoSuchKey", Key=key)
+        return info
+
+    def _current(self, bucket: str, key: str) -> ObjectInfo | None:
+        for path in self._paths(bucket, key):
+            info = self._stat(path, bucket, key)
+            if info is not None:
+                return info
+        return None
+
+    def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
+        """See Store."""
+        for path in self._paths(bucket, key):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                file, status = self._open_file(path)
+                content = FileContent(file)
+                return self._describe(
+                    key, status, self._read_record(file, bucket, key, status)
+                ), content
+        self._require_bucket(bucket)
+        raise S3Error("NoSuchKey", Key=key)
+
+    def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
+        """See Store. A directory is one group of keys when the delimiter is "/": one file in it will do."""
+        self._require_bucket(bucket)
+        start = max(start, prefix)
+        spelled = self._walk(
+            f"{self._root}/.keys/{bucket}/", "", spell(prefix), spell(start), False
+        )
+        special = ((unspell(name), 1, path) for name, _, path in spelled)
+        literal = self._walk(self._bucket_path(bucket) + "/", "", prefix, start, delimiter == "/")
+        return self._stat_all(bucket, heapq.merge(literal, special))
+
+    def _stat_all(self, bucket: str, found: Iterable[tuple[str, int, str]]) -> Iterator[ObjectInfo]:
+        last = None
+        for key, _, path in found:
+            if key == last or (len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES):
+                continue  # hidden by its literal path, or a file that somebody put too deep for a key
+            info = self._stat(path, bucket, key)
+            if info is not None:
+                yield info
+                last = key
+
+    def _walk(
+        self, folder: str, base: str, prefix: str, start: str, grouped: bool
+    ) -> Iterator[tuple[str, int, str]]:
+        """(key, 0, path) of the files at or below `folder`, whose keys begin with `base`, as scan wants
+        them. `folder` ends with "/"."""
+        names = self._directories.names(folder)
+        inside = start[len(base) :] if start.startswith(base) else ""
+        head, slash, _ = inside.partition("/")
+        for at in range(bisect_left(names, head + slash), len(names)):
+            name = names[at]
+            key = base + name
+            if not key.startswith(prefix) and not prefix.startswith(key):
+                if key > prefix:
+                    return
+            elif not name.endswith("/"):
+                if key.startswith(prefix):
+                    yield key, 0, folder + name
+            elif grouped and len(key) > len(prefix) and not inside.startswith(name):
+                yield from itertools.islice(self._any_file(folder + name, key), 1)
+            else:
+                yield from self._walk(folder + name, key, prefix, start, grouped)
+
+    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, int, str]]:
+        """Files at or below a folder, in no order, without reading more of it than asked for."""
+        try:
+            for name in read_names(folder):
+                if name.endswith("/"):
+                    yield from self._any_file(folder + name, base + name)
+                else:
+                    yield base + name, 0, folder + name
+        except FileNotFoundError:
+            return  # removed meanwhile
+
+    # --- Writing ---
+
+    def put_object(
+        self, bucket: str, key: str, body: Body, headers: dict[str, str], condition: Condition
+    ) -> ObjectInfo:
+        """See Store. A condition that fails already is told before the body is read."""
+        self._require_bucket(bucket)
+        if condition != NO_CONDITION:
+            condition.check(self._current(bucket, key))
+        with self._temporary() as (file, temp):
+            for block in body:
+                write_all(file, block)
+            full = "FULL_OBJECT" if body.checksums else ""
+            info = ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, full)
+            return self._publish(file, temp, bucket, info, condition)
+
+    def copy_object(
+        self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
+    ) -> ObjectInfo:
+        """See Store."""
+        self._require_bucket(bucket)
+        assert isinstance(content, FileContent)
+        with self._temporary() as (file, temp):
+            self._append(file, content, info.size)
+            return self._publish(file, temp, bucket, replace(info, key=key), condition)
+
+    def concatenate(
+        self,
+        bucket: str,
+        key: str,
+        parts: Sequence[ObjectInfo],
+        info: ObjectInfo,
+        condition: Condition,
+    ) -> ObjectInfo:
+        """See Store. The parts stay until the caller deletes them: a crash on the way loses nothing."""
+        self._require_bucket(bucket)
+        if condition != NO_CONDITION:
+            condition.check(self._current(bucket, key))
+        with self._temporary() as (file, temp):
+            for part in parts:
+                try:
+                    current, content = self.open_object(UPLOADS, part.key)
+                except S3Error:
+                    raise S3Error("InvalidPart") from None
+                with contextlib.closing(content):
+                    if current.etag != part.etag:
+                        raise S3Error("InvalidPart")
+                    self._append(file, content, part.size)
+            return self._publish(file, temp, bucket, replace(info, key=key), condition)
+
+    def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
+        """See Store. Directories that become empty go too."""
+        self._require_bucket(bucket)
+        with self._key_locks.hold(f"{bucket}/{key}"):
+            current = self._current(bucket, key)
+            if condition != NO_CONDITION:
+                condition.check(current)
+            if current is None:
+                return
+            for path in reversed(
+                self._paths(bucket, key)
+            ):  # the literal one, which hides the other, last
+                self._remove(path, bucket, key)
+
+    def _remove(self, path: str, bucket: str, key: str) -> None:
+        """Unlink an object's file, what describes it, and the directories it leaves empty."""
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return  # a directory: other keys begin with this one
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        self._remove_side(bucket, key, status)
+        folder = os.path.dirname(path)
+        self._sync_folder(folder)
+        top = {self._bucket_path(bucket), f"{self._root}/.keys"}
+        while folder not in top:
+            try:
+                os.rmdir(folder)
+            except OSError:
+                return  # not empty, or gone already
+            folder = os.path.dirname(folder)
+
+    def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
+        """Remove the side file of what had this status, if there was one."""
+        if os.path.isdir(f"{self._root}/.meta/{bucket}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._side_path(bucket, key, status))
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[tuple[int, str]]:
+        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was renamed."""
+        path = f"{self._root}/.tmp/{next(self._temp_names)}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield file, path
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(file)
+
+    def _append(self, file: int, content: FileContent, size: int) -> None:
+        """Copy `size` bytes to the end of a file, inside the kernel where it can."""
+        copied = 0
+        try:
+            while copied < size:
+                count = os.copy_file_range(content.fileno(), file, min(size - copied, GiB), copied)
+                if count == 0:
+                    raise S3Error("InternalError", "The source was cut short while it was copied.")
+                copied += count
+        except (AttributeError, OSError):
+            if copied:
+                raise
+            for data in content.chunks(0, size):  # no such call, or not between these file systems
+                write_all(file, memoryview(data))
+
+    def _publish(
+        self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
+    ) -> ObjectInfo:
+        """Make a finished temporary file the object `info.key`: the one place where objects appear."""
+        info = self._write_record(file, bucket, info)
+        if self._fsync:
+            os.fsync(file)
+        with self._key_locks.hold(f"{bucket}/{info.key}"):
+            if condition != NO_CONDITION:
+                condition.check(self._current(bucket, info.key))
+            literal, special = (
+                self._literal_path(bucket, info.key),
+                self._special_path(bucket, info.key),
+            )
+            if literal and self._rename(temp, literal, bucket, info.key):
+                self._remove(special, bucket, info.key)
+            else:
+                self._rename_special(temp, special, bucket, info.key)
+        return info
+
+    def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
+        """Rename into a literal path, making its directories. False when the path is taken: it is a
+        directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
+        replaced = None
+        while True:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    replaced = os.stat(path)
+                os.rename(temp, path)
+                break
+            except FileNotFoundError:
+                if not self._make_folders(os.path.dirname(path), bucket):
+                    return False
+            except (IsADirectoryError, NotADirectoryError):
+                return False
+        if replaced is not None:
+            self._remove_side(bucket, key, replaced)
+        self._sync_folder(os.path.dirname(path))
+        return True
+
+    def _make_folders(self, folder: str, bucket: str) -> bool:
+        """Make a folder and those above it, below the bucket's. Someone who deletes the last object
+        beside may remove them again, so the caller tries until it succeeds. False: a file is in the way."""
+        self._require_bucket(bucket)
+        top = self._bucket_path(bucket)
+        for name in folder[len(top) + 1 :].split("/"):
+            top = f"{top}/{name}"
+            try:
+                os.mkdir(top)
+                self._sync_folder(os.path.dirname(top))
+            except FileExistsError:
+                continue
+            except NotADirectoryError:
+                return False
+            except FileNotFoundError:
+                return True
+        return True
+
+    def _rename_special(self, temp: str, path: str, bucket: str, key: str) -> None:
+        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what keeps
+        delete_bucket from removing it meanwhile."""
+        with self._bucket_locks.hold(bucket):
+            self._require_bucket(bucket)
+            replaced = None
+            with contextlib.suppress(FileNotFoundError):
+                replaced = os.stat(path)
+            while True:
+                try:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    os.rename(temp, path)
+                    break
+                except FileNotFoundError:
+                    continue  # a delete beside removed the folder, which was empty
+            if replaced is not None:
+                self._remove_side(bucket, key, replaced)
+            self._sync_folder(os.path.dirname(path))
+
+    def _sync_folder(self, folder: str) -> None:
+        """With --fsync, have a rename or removal in this folder survive a loss of power."""
+        if self._fsync:
+            file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    # --- Housekeeping ---
+
+    def _sweep(self) -> None:
+        """Remove temporary files that no server writes any more, and descriptions of nothing."""
+        horizon = time.time() - TEMP_SECONDS
+        for path in files_below(f"{self._root}/.tmp"):
+            self._remove_if_old(path, horizon)
+        for bucket in read_names(f"{self._root}/.meta"):
+            for path in files_below(f"{self._root}/.meta/{bucket}"):
+                if not path.endswith("/created") and not self._side_in_use(
+                    bucket.rstrip("/"), path
+                ):
+                    self._remove_if_old(path, horizon)
+
+    def _remove_if_old(self, path: str, horizon: float) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another server sweeps too
+            if os.stat(path).st_mtime < horizon:
+                os.unlink(path)
+                LOG.info("removed %s, left by an earlier server", path)
+
+    def _side_in_use(self, bucket: str, path: str) -> bool:
+        """Whether a side file describes an object as it is now."""
+        try:
+            with open(path, "rb") as side:
+                key = json.loads(side.read())["key"]
+        except (FileNotFoundError, ValueError):
+            return False  # gone, or torn by a crash before its object appeared
+        for candidate in self._paths(bucket, key):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if self._side_path(bucket, key, os.stat(candidate)) == path:
+                    return True
+        return False
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """Write every byte: a write to a nearly full disk may take only some."""
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def files_below(folder: str) -> list[str]:
+    """The paths of all files below a folder; [] if it is not there."""
+    return [f"{path}/{name}" for path, _, names in os.walk(folder) for name in names]
+
+
+def remove_empty_folders(folder: str) -> None:
+    """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        os.rmdir(path)
+
+
+def remove_files(folder: str) -> None:
+    """Remove a folder of files and folders."""
+    for path, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            os.unlink(f"{path}/{name}")
+        os.rmdir(path)
+
+
+# ===== 8 Multipart =====
+# An upload is objects of the bucket UPLOADS: BUCKET/ID/00000 is the upload itself, whose headers say
+# what the finished object shall be, and BUCKET/ID/00001 to BUCKET/ID/10000 are its parts.
+
+COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
+# Checksum algorithm -> the types it can have, its default first. (S3 "Checking object integrity")
+CHECKSUM_TYPES = {
+    "CRC32": (COMPOSITE, FULL_OBJECT),
+    "CRC32C": (COMPOSITE, FULL_OBJECT),
+    "CRC64NVME": (FULL_OBJECT,),
+    "SHA1": (COMPOSITE,),
+    "SHA256": (COMPOSITE,),
+}
+
+
+class Upload(NamedTuple):
+    """A multipart upload in progress. `initiated` is in seconds since the epoch; `algorithm` and
+    `checksum_type` are "" when no checksum was asked for; `headers` are those of the object to be."""
+
+    id: str
+    bucket: str
+    key: str
+    initiated: float
+    algorithm: str
+    checksum_type: str
+    headers: dict[str, str]
+
+    def part_key(self, number: int) -> str:
+        """The key in UPLOADS of a part; of the upload itself for 0."""
+        return f"{self.bucket}/{self.id}/{number:05d}"
+
+
+def start_upload(store: Store, upload: Upload) -> None:
+    """Record a new upload."""
+    described = {
+        "zs3-key": upload.key,
+        "zs3-algorithm": upload.algorithm,
+        "zs3-checksum-type": upload.checksum_type,
+    }
+    empty = Body(io.BytesIO(), 0)
+    store.put_object(UPLOADS, upload.part_key(0), empty, upload.headers | described, NO_CONDITION)
+
+
+def new_upload_id() -> str:
+    """32 hex digits, in the order of time."""
+    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def upload_from_info(info: ObjectInfo) -> Upload:
+    """The upload that an object of UPLOADS records."""
+    bucket, upload_id, _ = info.key.split("/")
+    headers = dict(info.headers)
+    key, algorithm, kind = (
+        headers.pop(f"zs3-{name}") for name in ("key", "algorithm", "checksum-type")
+    )
+    return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
+
+
+def find_upload(store: Store, bucket: str, key: str, upload_id: str) -> Upload:
+    """NoSuchUpload unless the upload is in progress for this key."""
+    try:
+        if re.fullmatch("[0-9a-f]{32}", upload_id):
+            upload = upload_from_info(store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000"))
+            if upload.key == key:
+                return upload
+    except S3Error as error:
+        if error.code != "NoSuchKey":
+            raise
+    store.stat_bucket(bucket)
+    raise S3Error("NoSuchUpload", UploadId=upload_id)
+
+
+def list_uploads(store: Store, bucket: str) -> list[Upload]:
+    """Every upload in progress in a bucket, by key and then by time of initiation."""
+    found = []
+    start: str | None = f"{bucket}/"
+    while start is not None:
+        info = next(store.scan(UPLOADS, f"{bucket}/", start, ""), None)
+        if info is None:
+            break
+        if info.key.endswith("/00000"):
+            found.append(upload_from_info(info))
+        start = successor(info.key[: -len("00000")])
+    return sorted(found, key=lambda upload: (upload.key, upload.id))
+
+
+def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[int, ObjectInfo]]:
+    """Number and object of each part above number `after`, in order."""
+    for info in store.scan(UPLOADS, upload.part_key(0)[:-5], upload.part_key(after + 1), ""):
+        yield int(info.key[-5:]), info
+
+
+def discard_upload(store: Store, upload: Upload) -> None:
+    """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
+    for _, part in list(list_parts(store, upload)):
+        store.delete_object(UPLOADS, part.key, NO_CONDITION)
+    store.delete_object(UPLOADS, upload.part_key(0), NO_CONDITION)
+
+
+def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
+    """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since the
+    epoch; also of those whose record is gone. Returns the number of uploads."""
+    by_upload: dict[str, list[ObjectInfo]] = {}
+    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
+        by_upload.setdefault(info.key.split("/")[1], []).append(info)
+    stale = [
+        found for found in by_upload.values() if max(info.modified for info in found) < horizon
+    ]
+    for found in stale:
+        for info in reversed(found):
+            store.delete_object(UPLOADS, info.key, NO_CONDITION)
+    return len(stale)
+
+
+class ListedPart(NamedTuple):
+    """One part as CompleteMultipartUpload lists it."""
+
+    number: int
+    etag: str
+    checksums: dict[str, str]
+
+
+def parse_part_list(document: bytes) -> list[ListedPart]:
+    """The parts of a CompleteMultipartUpload body. MalformedXML, InvalidPartOrder."""
+    parts = []
+    for node in parse_xml(document, "CompleteMultipartUpload").findall("Part"):
+        fields = {child.tag: (child.text or "").strip() for child in node}
+        number = fields.get("PartNumber", "")
+        if not (number.isascii() and number.isdigit()) or not fields.get("ETag"):
+            raise S3Error("MalformedXML", "Each Part needs a PartNumber and an ETag.")
+        checksums = {name[8:]: text for name, text in fields.items() if name.startswith("Checksum")}
+        parts.append(ListedPart(int(number[:9]), fields["ETag"].strip('"'), checksums))
+    if not parts or len(parts) > MAX_PART_NUMBER:
+        raise S3Error("MalformedXML", f"You must list 1 to {MAX_PART_NUMBER} parts.")
+    if any(one.number >= two.number for one, two in itertools.pairwise(parts)):
+        raise S3Error("InvalidPartOrder")
+    return parts
+
+
+def multipart_etag(etags: Iterable[str]) -> str:
+    """The MD5 of the parts' MD5s, a dash and their number."""
+    md5s = [
+        bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode()
+        for etag in etags
+    ]
+    return f"{hashlib.md5(b''.join(md5s), usedforsecurity=False).hexdigest()}-{len(md5s)}"
+
+
+def match_parts(
+    store: Store, upload: Upload, listed: Sequence[ListedPart], min_bytes: int
+) -> list[ObjectInfo]:
+    """The stored parts that the list names. InvalidPart, EntityTooSmall."""
+    stored = dict(list_parts(store, upload))
+    parts = []
+    for entry in listed:
+        info = stored.get(entry.number)
+        if (
+            info is None
+            or info.etag != entry.etag
+            or entry.checksums.items() - info.checksums.items()
+        ):
+            raise S3Error(
+                "InvalidPart", UploadId=upload.id, PartNumber=entry.number, ETag=entry.etag
+            )
+        parts.append(info)
+    for entry, info in zip(listed[:-1], parts, strict=False):
+        if info.size < min_bytes:
+            raise S3Error(
+                "EntityTooSmall",
+                PartNumber=entry.number,
+                ETag=info.etag,
+                ProposedSize=info.size,
+                MinSizeAllowed=min_bytes,
+            )
+    return parts
+
+
+def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, str]:
+    """The checksum of the whole from those of its parts: COMPOSITE is the checksum of their checksums
+    with their number behind it, FULL_OBJECT what the algorithm gives for the bytes of all of them."""
+    if not upload.algorithm:
+        return {}
+    values = [base64.b64decode(part.checksums[upload.algorithm]) for part in parts]
+    if upload.checksum_type == COMPOSITE:
+        digest = CHECKSUMS[upload.algorithm]()
+        digest.update(b"".join(values))
+        return {upload.algorithm: f"{base64.b64encode(digest.digest()).decode()}-{len(parts)}"}
+    crc = CRCS[upload.algorithm]
+    whole = 0
+    for value, part in zip(values, parts, strict=True):
+        whole = crc.combine(whole, int.from_bytes(value, "big"), part.size)
+    return {upload.algorithm: base64.b64encode(whole.to_bytes(crc.width // 8, "big")).decode()}
+
+
+def finish_upload(
+    store: Store, upload: Upload, parts: Sequence[ObjectInfo], condition: Condition
+) -> ObjectInfo:
+    """Make the object of these parts, then discard the upload."""
+    described = ObjectInfo(
+        key=upload.key,
+        size=sum(part.size for part in parts),
+        etag=multipart_etag(part.etag for part in parts),
+        modified=0.0,
+        headers=upload.headers,
+        checksums=combine_checksums(upload, parts),
+        checksum_type=upload.checksum_type,
+        parts=tuple(
+            PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts
+        ),
+        upload_id=upload.id,
+    )
+    info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
+    discard_upload(store, upload)
+    return info
+
+
+# ===== 9 Operations =====
+# Each is operation(store, request) -> Response, named as in the S3 API reference.
+
+OWNER_ID = (
+    "02d6176db174dc93cb1b899f7c6078f08654445fe8cf1b6ce98d8855f66bdbf4"  # MinIO's, as good as any
+)
+OWNER = element("Owner", element("ID", OWNER_ID), element("DisplayName", "zs3"))
+INITIATOR = element("Initiator", element("ID", OWNER_ID), element("DisplayName", "zs3"))
+DEFAULT_CONTENT_TYPE = "binary/octet-stream"
+STORED_HEADERS = (
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-type", "expires",
+)  # fmt: skip
+# Request headers that ask for what is not here -> the values that ask for nothing, and the error.
+REFUSED_HEADERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "x-amz-acl": (("private", "bucket-owner-full-control"), "AccessControlListNotSupported"),
+    "x-amz-bucket-object-lock-enabled": (("false",), "NotImplemented"),
+    "x-amz-storage-class": (("STANDARD",), "InvalidStorageClass"),
+    "x-amz-tagging": (("",), "NotImplemented"),
+    "x-amz-website-redirect-location": ((), "NotImplemented"),
+}
+REFUSED_PREFIXES = {
+    "x-amz-grant-": "AccessControlListNotSupported",
+    "x-amz-object-lock-": "NotImplemented",
+    "x-amz-server-side-encryption": "NotImplemented",
+    "x-amz-copy-source-server-side-encryption": "NotImplemented",
+}
+
+
+def xml_response(root: str, *children: object, headers: dict[str, str] | None = None) -> Response:
+    """200 with a document."""
+    return Response(
+        200, {"Content-Type": "application/xml"} | (headers or {}), xml_document(root, *children)
+    )
+
+
+def quoted(etag: str) -> str:
+    """An ETag as it is shown."""
+    return f'"{etag}"'
+
+
+def refuse_headers(headers: Mapping[str, str]) -> None:
+    """An error for a header that asks for what is not done here: silence would be taken for consent."""
+    for name, value in headers.items():
+        if name.startswith("x-amz-"):
+            harmless, code = REFUSED_HEADERS.get(name, (None, ""))
+            if harmless is not None and value not in harmless:
+                raise S3Error(code, f"{name}: {value} is not supported here.")
+            for prefix, code in REFUSED_PREFIXES.items():
+                if name.startswith(prefix):
+                    raise S3Error(code, f"{name} is not supported here.")
+
+
+def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a request that belong to its object: x-amz-meta-* and those of STORED_HEADERS,
+    without `aws-chunked`, which was the encoding of the request. MetadataTooLarge."""
+    kept = {name: headers[name] for name in STORED_HEADERS if name in headers}
+    codings = [coding.strip() for coding in kept.pop("content-encoding", "").split(",")]
+    if rest := ", ".join(coding for coding in codings if coding not in ("", "aws-chunked")):
+        kept["content-encoding"] = rest
+    metadata = {name: value for name, value in headers.items() if name.startswith("x-amz-meta-")}
+    size = sum(len(name) - len("x-amz-meta-") + len(value) for name, value in metadata.items())
+    if size > MAX_METADATA_BYTES:
+        raise S3Error("MetadataTooLarge", Size=size, MaxSizeAllowed=MAX_METADATA_BYTES)
+    return kept | metadata
+
+
+def write_condition(request: Request) -> Condition:
+    """The condition of a write, from its headers."""
+    return Condition(request.headers.get("if-match"), request.headers.get("if-none-match"))
+
+
+def checksum_headers(info: ObjectInfo) -> dict[str, str]:
+    """The x-amz-checksum-* headers of an object."""
+    if not info.checksums:
+        return {}
+    found = {checksum_header(name): value for name, value in info.checksums.items()}
+    return found | {"x-amz-checksum-type": info.checksum_type}
+
+
+def checksum_elements(info: ObjectInfo) -> list[Xml]:
+    """<ChecksumCRC32>...</ChecksumCRC32> and <ChecksumType>, where the object has them."""
+    if not info.checksums:
+        return []
+    found = [element(f"Checksum{name}", value) for name, value in info.checksums.items()]
+    return [*found, element("ChecksumType", info.checksum_type)]
+
+
+# --- Service and buckets ---
+
+
+def list_buckets(store: Store, request: Request) -> Response:
+    """GET /."""
+    limit = parse_integer(
+        request.query.get("max-buckets", str(MAX_PAGE_BUCKETS)), "max-buckets", 1, MAX_PAGE_BUCKETS
+    )
+    prefix = request.query.get("prefix", "")
+    after = decode_token(request.query.get("continuation-token", ""))
+    found = [
+        info for info in store.list_buckets() if info.name.startswith(prefix) and info.name >= after
+    ]
+    shown = [
+        element(
+            "Bucket",
+            element("Name", info.name),
+            element("CreationDate", iso_date(info.created)),
+            element("BucketRegion", request.settings.region),
+        )
+        for info in found[:limit]
+    ]
+    more = (
+        [element("ContinuationToken", encode_token(found[limit].name))]
+        if len(found) > limit
+        else []
+    )
+    return xml_response(
+        "ListAllMyBucketsResult",
+        OWNER,
+        element("Buckets", *shown),
+        *more,
+        element("Prefix", prefix) if prefix else Xml(),
+    )
+
+
+def create_bucket(store: Store, request: Request) -> Response:
+    """PUT /bucket. Its owner may do so again, as in us-east-1. Any location constraint is taken."""
+    refuse_headers(request.headers)
+    document = request.body.read_all()
+    if document.strip():
+        parse_xml(document, "CreateBucketConfiguration")
+    store.create_bucket(request.bucket)
+    return Response(200, {"Location": f"/{request.bucket}"})
+
+
+def head_bucket(store: Store, request: Request) -> Response:
+    """HEAD /bucket."""
+    store.stat_bucket(request.bucket)
+    return Response(
+        200, {"x-amz-bucket-region": request.settings.region, "Content-Type": "application/xml"}
+    )
+
+
+def delete_bucket(store: Store, request: Request) -> Response:
+    """DELETE /bucket. Its uploads in progress go with it."""
+    store.delete_bucket(request.bucket)
+    expire_uploads(store, request.bucket, float("inf"))
+    return Response(204)
+
+
+# Sub-resource of a bucket -> what GET answers where nothing is configured: an error code or a document.
+BUCKET_CONFIGURATIONS: dict[str, str | tuple[Any, ...]] = {
+    "accelerate": ("AccelerateConfiguration",),
+    "cors": "NoSuchCORSConfiguration",
+    "encryption": "ServerSideEncryptionConfigurationNotFoundError",
+    "lifecycle": "NoSuchLifecycleConfiguration",
+    "location": ("LocationConstraint",),  # empty: us-east-1
+    "logging": ("BucketLoggingStatus",),
+    "notification": ("NotificationConfiguration",),
+    "object-lock": "ObjectLockConfigurationNotFoundError",
+    "ownershipControls": "OwnershipControlsNotFoundError",
+    "policy": "NoSuchBucketPolicy",
+    "policyStatus": "NoSuchBucketPolicy",
+    "publicAccessBlock": "NoSuchPublicAccessBlockConfiguration",
+    "replication": "ReplicationConfigurationNotFoundError",
+    "requestPayment": ("RequestPaymentConfiguration", element("Payer", "BucketOwner")),
+    "tagging": "NoSuchTagSet",
+    "versioning": ("VersioningConfiguration",),
+    "website": "NoSuchWebsiteConfiguration",
+}
+OBJECT_CONFIGURATIONS: dict[str, str | tuple[Any, ...]] = {
+    "legal-hold": "NoSuchObjectLockConfiguration",
+    "retention": "NoSuchObjectLockConfiguration",
+    "tagging": ("Tagging", element("TagSet")),
+}
+
+
+def get_bucket_configuration(store: Store, request: Request) -> Response:
+    """GET /bucket?location and the like: what S3 says of a bucket that has none of it."""
+    store.stat_bucket(request.bucket)
+    return configuration(BUCKET_CONFIGURATIONS, request)
+
+
+def get_object_configuration(store: Store, request: Request) -> Response:
+    """GET /bucket/key?tagging and the like."""
+    store.stat_object(request.bucket, request.key)
+    return configuration(OBJECT_CONFIGURATIONS, request)
+
+
+def configuration(table: Mapping[str, str | tuple[Any, ...]], request: Request) -> Response:
+    """The row of a configuration table that the query names."""
+    answer = next(answer for name, answer in table.items() if name in request.query)
+    if isinstance(answer, str):
+        raise S3Error(answer, BucketName=request.bucket)
+    return xml_response(*answer)
+
+
+def get_acl(store: Store, request: Request) -> Response:
+    """GET ?acl of a bucket or an object: its owner may do everything, nobody else anything."""
+    if request.key:
+        store.stat_object(request.bucket, request.key)
+    else:
+        store.stat_bucket(request.bucket)
+    grantee = OWNER.replace(
+        "<Owner>",
+        '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">',
+    )
+    grant = element(
+        "Grant",
+        Xml(grantee.replace("</Owner>", "</Grantee>")),
+        element("Permission", "FULL_CONTROL"),
+    )
+    return xml_response("AccessControlPolicy", OWNER, element("AccessControlList", grant))
+
+
+# --- Listing ---
+
+
+class Page(NamedTuple):
+    """A page of a listing. `next_start` is where the next one begins, None on the last page; `last` is
+    the last key or common prefix shown."""
+
+    contents: list[ObjectInfo]
+    prefixes: list[str]
+    next_start: str | None
+    last: str
+
+
+def successor(prefix: str) -> str | None:
+    """The least string above every string that begins with `prefix`; None if there is none."""
+    while prefix:
+        code = ord(prefix[-1]) + 1
+        if code <= sys.maxunicode:
+            return prefix[:-1] + chr(
+                0xE000 if code == 0xD800 else code
+            )  # surrogates are no characters
+        prefix = prefix[:-1]
+    return None
+
+
+def common_prefix(key: str, prefix: str, delimiter: str) -> str:
+    """The part of `key` up to the first delimiter after `prefix`; "" if there is none."""
+    at = key.find(delimiter, len(prefix)) if delimiter else -1
+    return key[: at + len(delimiter)] if at >= 0 else ""
+
+
+def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
+    """Where a listing begins that continues after `marker`, a key or a common prefix; None at the end."""
+    if marker and marker.startswith(prefix) and common_prefix(marker, prefix, delimiter) == marker:
+        return successor(marker)
+    return marker + "\0" if marker else ""
+
+
+def list_page(
+    scan: Callable[[str], Iterator[ObjectInfo]],
+    prefix: str,
+    delimiter: str,
+    start: str | None,
+    limit: int,
+) -> Page:
+    """The first `limit` keys and common prefixes that are not below `start`. `scan` is Store.scan with
+    the start yet to be given. What a common prefix stands for is skipped, not read."""
+    contents: list[ObjectInfo] = []
+    prefixes: list[str] = []
+    last, position = "", start
+    while position is not None and limit:
+        for info in scan(position):
+            if len(contents) + len(prefixes) == limit:
+                return Page(contents, prefixes, position, last)
+            group = common_prefix(info.key, prefix, delimiter)
+            if group:
+                prefixes.append(group)
+                last, position = group, successor(group)
+                break
+            contents.append(info)
+            last, position = info.key, info.key + "\0"
+        else:
+            break
+    return Page(contents, prefixes, None, last)
+
+
+def encode_token(start: str) -> str:
+    """A continuation token: a position in the order of keys, made unreadable so that none rely on it."""
+    return base64.urlsafe_b64encode(start.encode()).decode()
+
+
+def decode_token(token: str) -> str:
+    """The inverse; "" for "". InvalidArgument for what is no token."""
+    try:
+        return base64.b64decode(token, b"-_", validate=True).decode()
+    except ValueError:
+        raise S3Error("InvalidArgument", "The continuation token provided is incorrect") from None
+
+
+def listing_encoder(request: Request) -> Callable[[str], str]:
+    """How keys are shown: percent-encoded with encoding-type=url. InvalidArgument for another."""
+    kind = request.query.get("encoding-type", "")
+    if kind not in ("", "url"):
+        raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
+    return (lambda text: quote(text, safe="/")) if kind else str
+
+
+def max_items(request: Request, name: str) -> int:
+    """max-keys and its like: at most MAX_PAGE_ITEMS, whatever is asked for."""
+    asked = parse_integer(request.query.get(name, "") or str(MAX_PAGE_ITEMS), name, 0, 2**31 - 1)
+    return min(asked, MAX_PAGE_ITEMS)
+
+
+def list_objects(store: Store, request: Request) -> Response:
+    """GET /bucket: version 1, in which a page continues after a marker."""
+    show = listing_encoder(request)
+    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    marker = request.query.get("marker", "")
+    page = read_page(store, request, start_after(marker, prefix, delimiter))
+    more = [element("NextMarker", show(page.last))] if page.next_start and delimiter else []
+    return listing(request, page, element("Marker", show(marker)), *more)
+
+
+def list_objects_v2(store: Store, request: Request) -> Response:
+    """GET /bucket?list-type=2, in which a page continues at a token."""
+    if request.query["list-type"] != "2":
+        raise S3Error("InvalidArgument", "list-type can only be 2.")
+    show = listing_encoder(request)
+    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    after, token = request.query.get("start-after", ""), request.query.get("continuation-token")
+    if token == "":
+        raise S3Error("InvalidArgument", "The continuation token provided is incorrect")
+    start = decode_token(token) if token else start_after(after, prefix, delimiter)
+    page = read_page(store, request, start)
+    more = [element("KeyCount", len(page.contents) + len(page.prefixes))]
+    if after:
+        more.append(element("StartAfter", show(after)))
+    if token:
+        more.append(element("ContinuationToken", token))
+    if page.next_start is not None:
+        more.append(element("NextContinuationToken", encode_token(page.next_start)))
+    return listing(request, page, *more)
+
+
+def read_page(store: Store, request: Request, start: str | None) -> Page:
+    """The page that a listing request asks for, from `start`."""
+    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    limit = max_items(request, "max-keys")
+    store.stat_bucket(request.bucket)
+    return list_page(
+        lambda position: store.scan(request.bucket, prefix, position, delimiter),
+        prefix,
+        delimiter,
+        start,
+        limit,
+    )
+
+
+def listing(request: Request, page: Page, *extra: Xml) -> Response:
+    """The ListBucketResult of either version."""
+    show = listing_encoder(request)
+    query = request.query
+    owner = [OWNER] if "list-type" not in query or query.get("fetch-owner") == "true" else []
+    contents = [
+        element(
+            "Contents",
+            element("Key", show(info.key)),
+            element("LastModified", iso_date(info.modified)),
+            element("ETag", quoted(info.etag)),
+            *(element("ChecksumAlgorithm", name) for name in info.checksums),
+            *([element("ChecksumType", info.checksum_type)] if info.checksums else []),
+            element("Size", info.size),
+            *owner,
+            element("StorageClass", "STANDARD"),
+        )
+        for info in page.contents
+    ]
+    return xml_response(
+        "ListBucketResult",
+        element("Name", request.bucket),
+        element("Prefix", show(query.get("prefix", ""))),
+        *([element("Delimiter", show(query["delimiter"]))] if query.get("delimiter") else []),
+        *extra,
+        element("MaxKeys", max_items(request, "max-keys")),
+        *([element("EncodingType", "url")] if query.get("encoding-type") else []),
+        element("IsTruncated", page.next_start is not None),
+        *contents,
+        *(element("CommonPrefixes", element("Prefix", show(prefix))) for prefix in page.prefixes),
+    )
+
+
+# --- Objects ---
+
+
+def put_object(store: Store, request: Request) -> Response:
+    """PUT /bucket/key."""
+    check_upload(request)
+    headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
+    info = store.put_object(
+        request.bucket, request.key, request.body, headers, write_condition(request)
+    )
+    return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
+
+
+def check_upload(request: Request) -> None:
+    """What PutObject and UploadPart have in common: a length, checksums, nothing that is not here."""
+    refuse_headers(request.headers)
+    if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
+        raise S3Error("MissingContentLength")
+    expect_checksums(request)
+
+
+def get_object(store: Store, request: Request) -> Response:
+    """GET /bucket/key."""
+    info, content = store.open_object(request.bucket, request.key)
+    try:
+        response, start, length = object_response(request, info)
+    except BaseException:
+        content.close()
+        raise
+    response.body = Stream(content, start, length)
+    return response
+
+
+def head_object(store: Store, request: Request) -> Response:
+    """HEAD /bucket/key: the head that GET would have."""
+    response, _, length = object_response(request, store.stat_object(request.bucket, request.key))
+    response.headers["Content-Length"] = str(length)
+    return response
+
+
+def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, int]:
+    """The head of an answer to GET or HEAD, and the range of bytes that belongs to it."""
+    headers = object_headers(request, info)
+    if not_modified(request, info):
+        return Response(304, headers), 0, 0
+    chosen, headers_of_part = chosen_range(request, info)
+    if chosen is None:
+        return Response(200, headers), 0, info.size
+    start, length = chosen
+    if length:
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{info.size}"
+    for name in [name for name in headers if name.startswith("x-amz-checksum-")]:
+        if length != info.size:
+            del headers[name]  # a client would check the range against it
+    return Response(206, headers | headers_of_part), start, length
+
+
+def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
+    """What GET and HEAD say of an object. `response-*` parameters replace stored headers."""
+    headers = {
+        "Last-Modified": http_date(int(info.modified)),
+        "ETag": quoted(info.etag),
+        "Accept-Ranges": "bytes",
+        "content-type": DEFAULT_CONTENT_TYPE,
+    } | info.headers
+    for name in STORED_HEADERS:
+        value = request.query.get(f"response-{name}")
+        if value is not None:
+            if request.credential is None:
+                raise S3Error(
+                    "InvalidRequest",
+                    "Request specific response headers cannot be used anonymously.",
+                )
+            headers[name] = uri_encode_header(value)
+    if request.header("x-amz-checksum-mode").upper() == "ENABLED":
+        headers |= checksum_headers(info)
+    return headers
+
+
+def uri_encode_header(value: str) -> str:
+    """A decoded parameter as a header's value: UTF-8 bytes, and no line break to forge a header with."""
+    if "\r" in value or "\n" in value or "\0" in value:
+        raise S3Error("InvalidArgument", "A header value cannot hold a line break.")
+    return value.encode().decode("latin-1")
+
+
+def not_modified(request: Request, info: ObjectInfo) -> bool:
+    """Whether the answer is 304; PreconditionFailed for 412. (RFC 9110, 13.2.2)"""
+    headers, modified = request.headers, int(info.modified)
+    if "if-match" in headers:
+        if not etag_matches(headers["if-match"], info.etag):
+            raise S3Error("PreconditionFailed", Condition="If-Match")
+    elif (
+        since := parse_http_date(request.header("if-unmodified-since"))
+    ) is not None and modified > since:
+        raise S3Error("PreconditionFailed", Condition="If-Unmodified-Since")
+    if "if-none-match" in headers:
+        return etag_matches(headers["if-none-match"], info.etag)
+    since = parse_http_date(request.header("if-modified-since"))
+    return since is not None and modified <= since
+
+
+def chosen_range(
+    request: Request, info: ObjectInfo
+) -> tuple[tuple[int, int] | None, dict[str, str]]:
+    """Start and length by Range or partNumber, None for the whole, and the headers that a part adds."""
+    number = request.query.get("partNumber")
+    if number is None:
+        if "range" not in request.headers or not range_applies(request, info):
+            return None, {}
+        return parse_range(request.headers["range"], info.size), {}
+    if "range" in request.headers:
+        raise S3Error(
+            "InvalidRequest", "Cannot specify both Range header and partNumber query parameter"
+        )
+    wanted = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER)
+    if wanted > max(len(info.parts), 1):
+        raise S3Error(
+            "InvalidPartNumber", ActualPartCount=max(len(info.parts), 1), PartNumberRequested=wanted
+        )
+    if not info.parts:
+        return (0, info.size), {}
+    start = sum(part.size for part in info.parts[: wanted - 1])
+    return (start, info.parts[wanted - 1].size), {"x-amz-mp-parts-count": str(len(info.parts))}
+
+
+def range_applies(request: Request, info: ObjectInfo) -> bool:
+    """If-Range: a range of another state of the object is of no use (RFC 9110, 13.1.5)."""
+    wanted = request.headers.get("if-range")
+    if wanted is None:
+        return True
+    return wanted in (quoted(info.etag), http_date(int(info.modified)))
+
+
+def delete_object(store: Store, request: Request) -> Response:
+    """DELETE /bucket/key."""
+    store.delete_object(request.bucket, request.key, write_condition(request))
+    return Response(204)
+
+
+def delete_objects(store: Store, request: Request) -> Response:
+    """POST /bucket?delete: up to 1,000 keys, each with its own outcome."""
+    if (
+        "content-md5" not in request.headers
+        and not declared_checksums(request.headers)
+        and "x-amz-trailer" not in request.headers
+    ):
+        raise S3Error(
+            "InvalidRequest", "Missing required header for this request: Content-MD5 or a checksum"
+        )
+    expect_checksums(request)
+    tree = parse_xml(request.body.read_all(), "Delete")
+    wanted = tree.findall("Object")
+    if not 1 <= len(wanted) <= MAX_DELETE_KEYS:
+        raise S3Error("MalformedXML", f"You must name 1 to {MAX_DELETE_KEYS} objects.")
+    quiet = (tree.findtext("Quiet") or "").strip().lower() == "true"
+    store.stat_bucket(request.bucket)
+    results = [delete_one(store, request.bucket, node, quiet) for node in wanted]
+    return xml_response("DeleteResult", *results)
+
+
+def delete_one(store: Store, bucket: str, node: Element, quiet: bool) -> Xml:
+    """Delete what an Object element names; <Deleted> ("" when quiet) or <Error>."""
+    key = node.findtext("Key") or ""
+    try:
+        check_key(key)
+        if (node.findtext("VersionId") or "null") != "null":
+            raise S3Error("NoSuchVersion")
+        etag = node.findtext("ETag")
+        store.delete_object(bucket, key, Condition(if_match=etag) if etag else NO_CONDITION)
+    except S3Error as error:
+        return element(
+            "Error",
+            element("Key", key),
+            element("Code", error.code),
+            element("Message", error.message),
+        )
+    return Xml() if quiet else element("Deleted", element("Key", key))
+
+
+def get_object_attributes(store: Store, request: Request) -> Response:
+    """GET /bucket/key?attributes: those that x-amz-object-attributes names."""
+    wanted = {name.strip() for name in request.header("x-amz-object-attributes").split(",")}
+    known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
+    if not wanted <= known:
+        raise S3Error(
+            "InvalidArgument",
+            f"x-amz-object-attributes must name some of {', '.join(sorted(known))}.",
+        )
+    info = store.stat_object(request.bucket, request.key)
+    shown = []
+    if "ETag" in wanted:
+        shown.append(element("ETag", info.etag))
+    if "Checksum" in wanted and info.checksums:
+        shown.append(element("Checksum", *checksum_elements(info)))
+    if "ObjectParts" in wanted and info.parts:
+        shown.append(object_parts(request, info))
+    if "StorageClass" in wanted:
+        shown.append(element("StorageClass", "STANDARD"))
+    if "ObjectSize" in wanted:
+        shown.append(element("ObjectSize", info.size))
+    modified = {"Last-Modified": http_date(int(info.modified))}
+    return xml_response("GetObjectAttributesResponse", *shown, headers=modified)
+
+
+def object_parts(request: Request, info: ObjectInfo) -> Xml:
+    """<ObjectParts>. As in S3, the parts themselves only where they have checksums."""
+    most = min(
+        parse_integer(request.header("x-amz-max-parts") or "1000", "x-amz-max-parts", 0, 2**31 - 1),
+        MAX_PAGE_ITEMS,
+    )
+    after = parse_integer(
+        request.header("x-amz-part-number-marker") or "0", "x-amz-part-number-marker", 0, 2**31 - 1
+    )
+    algorithm = next(iter(info.checksums), "")
+    shown = [
+        element(
+            "Part",
+            element("PartNumber", number),
+            element("Size", part.size),
+            element(f"Checksum{algorithm}", part.checksum),
+        )
+        for number, part in enumerate(info.parts, 1)
+        if part.checksum and after < number <= after + most
+    ]
+    return element(
+        "ObjectParts",
+        element("TotalPartsCount", len(info.parts)),
+        element("PartNumberMarker", after),
+        element("NextPartNumberMarker", min(after + most, len(info.parts))),
+        element("MaxParts", most),
+        element("IsTruncated", after + most < len(info.parts)),
+        *shown,
+    )
+
+
+# --- Copies ---
+
+
+def copy_source(request: Request) -> tuple[str, str]:
+    """Bucket and key of x-amz-copy-source: `b/k`, `/b/k` or `b%2Fk`, percent-encoded once."""
+    raw, _, version = request.headers["x-amz-copy-source"].partition("?versionId=")
+    if version not in ("", "null"):
+        raise S3Error("NoSuchVersion")
+    bucket, _, key = uri_decode(raw.replace("+", "%20")).removeprefix("/").partition("/")
+    if not is_bucket_name(bucket) or not key:
+        raise S3Error(
+            "InvalidArgument",
+            "x-amz-copy-source must be BUCKET/KEY.",
+            ArgumentName="x-amz-copy-source",
+        )
+    check_key(key)
+    return bucket, key
+
+
+def check_copy_conditions(request: Request, info: ObjectInfo) -> None:
+    """x-amz-copy-source-if-*: PreconditionFailed unless the source is as they say."""
+    prefix = "x-amz-copy-source-"
+    conditions = {
+        name[len(prefix) :]: value
+        for name, value in request.headers.items()
+        if name.startswith(prefix + "if-")
+    }
+    probe = replace(request, headers=conditions)
+    if not_modified(probe, info):
+        raise S3Error("PreconditionFailed", Condition="x-amz-copy-source-if-none-match")
+
+
+def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Content]:
+    """The source of a copy, whose conditions hold for just what was opened."""
+    info, content = store.open_object(*copy_source(request))
+    try:
+        check_copy_conditions(request, info)
+    except S3Error:
+        content.close()
+        raise
+    return info, content
+
+
+def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
+    """What the copy of `info` shall be: x-amz-metadata-directive decides whose headers it has."""
+    directive = request.header("x-amz-metadata-directive") or "COPY"
+    if directive not in ("COPY", "REPLACE"):
+        raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
+    if directive == "REPLACE":
+        headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
+        return replace(info, headers=headers)
+    if copy_source(request) == (request.bucket, request.key):
+        raise S3Error(
+            "InvalidRequest",
+            "This copy request is illegal: an object copied to itself must change its metadata.",
+        )
+    return info
+
+
+def copy_object(store: Store, request: Request) -> Response:
+    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum the source has not."""
+    refuse_headers(request.headers)
+    algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
+    request.body.read_all(0)
+    source, content = open_copy_source(store, request)
+    with contextlib.closing(content):
+        wanted = copied_info(request, source)
+        condition = write_condition(request)
+        if algorithm and algorithm not in source.checksums:
+            body = Body(ContentReader(content, 0, source.size), source.size, sys.maxsize)
+            body.compute(algorithm)
+            info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
+        else:
+            info = store.copy_object(wanted, content, request.bucket, request.key, condition)
+    return copy_result("CopyObjectResult", info)
+
+
+def copy_result(root: str, info: ObjectInfo) -> Response:
+    """CopyObjectResult or CopyPartResult."""
+    return xml_response(
+        root,
+        element("LastModified", iso_date(info.modified)),
+        element("ETag", quoted(info.etag)),
+        *checksum_elements(info),
+    )
+
+
+# --- Multipart uploads ---
+
+
+def create_multipart_upload(store: Store, request: Request) -> Response:
+    """POST /bucket/key?uploads."""
+    refuse_headers(request.headers)
+    request.body.read_all(0)
+    store.stat_bucket(request.bucket)
+    algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
+    kinds = CHECKSUM_TYPES.get(algorithm, ("",))
+    kind = request.header("x-amz-checksum-type").upper() or kinds[0]
+    if kind not in kinds:
+        raise S3Error(
+            "InvalidRequest",
+            f"The checksum type {kind} does not go with {algorithm or 'no algorithm'}.",
+        )
+    headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
+    upload = Upload(new_upload_id(), request.bucket, request.key, 0.0, algorithm, kind, headers)
+    start_upload(store, upload)
+    chosen = (
+        {"x-amz-checksum-algorithm": algorithm, "x-amz-checksum-type": kind} if algorithm else {}
+    )
+    return xml_response(
+        "InitiateMultipartUploadResult",
+        element("Bucket", request.bucket),
+        element("Key", request.key),
+        element("UploadId", upload.id),
+        headers=chosen,
+    )
+
+
+def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
+    """The upload that a request names, and the key in UPLOADS of the part."""
+    number = parse_integer(request.query.get("partNumber", ""), "partNumber", 1, MAX_PART_NUMBER)
+    upload = requested_upload(store, request)
+    return upload, upload.part_key(number)
+
+
+def requested_upload(store: Store, request: Request) -> Upload:
+    """The upload that a request names: NoSuchUpload."""
+    return find_upload(store, request.bucket, request.key, request.query["uploadId"])
+
+
+def upload_part(store: Store, request: Request) -> Response:
+    """PUT /bucket/key?partNumber&uploadId."""
+    check_upload(request)
+    upload, key = requested_part(store, request)
+    given = {*declared_checksums(request.headers), request.header("x-amz-trailer").upper()[15:]} - {
+        ""
+    }
+    if upload.algorithm:
+        if given - {upload.algorithm}:
+            raise S3Error(
+                "InvalidRequest",
+                f"Checksum Type mismatch occurred, expected checksum Type: {upload.algorithm}.",
+            )
+        request.body.compute(upload.algorithm)
+    info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
+    return Response(
+        200,
+        {"ETag": quoted(info.etag)} | {checksum_header(n): v for n, v in info.checksums.items()},
+    )
+
+
+def upload_part_copy(store: Store, request: Request) -> Response:
+    """PUT /bucket/key?partNumber&uploadId with x-amz-copy-source."""
+    request.body.read_all(0)
+    upload, key = requested_part(store, request)
+    source, content = open_copy_source(store, request)
+    with contextlib.closing(content):
+        start, length = copied_range(request, source)
+        body = Body(ContentReader(content, start, length), length)
+        if upload.algorithm:
+            body.compute(upload.algorithm)
+        info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
+    return copy_result("CopyPartResult", replace(info, checksum_type=""))
+
+
+def copied_range(request: Request, source: ObjectInfo) -> tuple[int, int]:
+    """x-amz-copy-source-range, `bytes=first-last` within the source, as start and length."""
+    text = request.headers.get("x-amz-copy-source-range")
+    if text is None:
+        return 0, source.size
+    found = re.fullmatch(r"bytes=(\d{1,15})-(\d{1,15})", text, re.ASCII)
+    if found is None or not int(found[1]) <= int(found[2]) < source.size:
+        raise S3Error(
+            "InvalidArgument",
+            f"The x-amz-copy-source-range value must be bytes=first-last within {source.size} bytes.",
+        )
+    return int(found[1]), int(found[2]) - int(found[1]) + 1
+
+
+def list_parts_page(store: Store, request: Request) -> Response:
+    """GET /bucket/key?uploadId."""
+    upload = requested_upload(store, request)
+    limit = max_items(request, "max-parts")
+    after = parse_integer(
+        request.query.get("part-number-marker", "") or "0", "part-number-marker", 0, 2**31 - 1
+    )
+    found = list(
+        itertools.islice(list_parts(store, upload, min(after, MAX_PART_NUMBER)), limit + 1)
+    )
+    shown = [
+        element(
+            "Part",
+            element("PartNumber", number),
+            element("LastModified", iso_date(info.modified)),
+            element("ETag", quoted(info.etag)),
+            element("Size", info.size),
+            *(element(f"Checksum{name}", value) for name, value in info.checksums.items()),
+        )
+        for number, info in found[:limit]
+    ]
+    chosen = [
+        element("ChecksumAlgorithm", upload.algorithm),
+        element("ChecksumType", upload.checksum_type),
+    ]
+    return xml_response(
+        "ListPartsResult",
+        element("Bucket", request.bucket),
+        element("Key", request.key),
+        element("UploadId", upload.id),
+        INITIATOR,
+        OWNER,
+        element("StorageClass", "STANDARD"),
+        element("PartNumberMarker", after),
+        element("NextPartNumberMarker", found[:limit][-1][0] if shown else after),
+        element("MaxParts", limit),
+        element("IsTruncated", len(found) > limit and limit > 0),
+        *(chosen if upload.algorithm else []),
+        *shown,
+    )
+
+
+def complete_multipart_upload(store: Store, request: Request) -> Response:
+    """POST /bucket/key?uploadId. Done a second time with the same list, it succeeds again."""
+    listed = parse_part_list(request.body.read_all())
+    try:
+        upload = requested_upload(store, request)
+        parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
+        check_whole_object(request, upload, parts)
+        info = finish_upload(store, upload, parts, write_condition(request))
+    except S3Error as error:
+        if error.code not in ("NoSuchUpload", "InvalidPart"):
+            raise
+        info = already_completed(store, request, listed, error)
+    return xml_response(
+        "CompleteMultipartUploadResult",
+        element(
+            "Location",
+            f"http://{request.header('host')}/{request.bucket}/{uri_encode(request.key, '/')}",
+        ),
+        element("Bucket", request.bucket),
+        element("Key", request.key),
+        element("ETag", quoted(info.etag)),
+        *checksum_elements(info),
+    )
+
+
+def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectInfo]) -> None:
+    """x-amz-mp-object-size and the x-amz-checksum-* of the whole object, where they are given."""
+    size = sum(part.size for part in parts)
+    declared = request.headers.get("x-amz-mp-object-size")
+    if declared is not None and parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
+        raise S3Error(
+            "InvalidRequest", f"The parts have {size} bytes together, not x-amz-mp-object-size."
+        )
+    kind = request.header("x-amz-checksum-type").upper()
+    if kind and kind != upload.checksum_type:
+        raise S3Error(
+            "InvalidRequest",
+            f"The upload was created with the checksum type {upload.checksum_type or 'null'}.",
+        )
+    whole = combine_checksums(upload, parts)
+    for algorithm, value in declared_checksums(request.headers).items():
+        if (
+            algorithm != upload.algorithm
+            or value.partition("-")[0] != whole[algorithm].partition("-")[0]
+        ):
+            raise S3Error(
+                "BadDigest", f"The {algorithm} you specified did not match what we received."
+            )
+
+
+def already_completed(
+    store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
+) -> ObjectInfo:
+    """The object that an earlier Complete of the same upload with the same list made; else `error`."""
+    try:
+        info = store.stat_object(request.bucket, request.key)
+    except S3Error:
+        raise error from None
+    if info.upload_id != request.query["uploadId"] or info.etag != multipart_etag(
+        part.etag for part in listed
+    ):
+        raise error
+    return info
+
+
+def abort_multipart_upload(store: Store, request: Request) -> Response:
+    """DELETE /bucket/key?uploadId."""
+    discard_upload(store, requested_upload(store, request))
+    return Response(204)
+
+
+def list_multipart_uploads(store: Store, request: Request) -> Response:
+    """GET /bucket?uploads."""
+    query, show = request.query, listing_encoder(request)
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    key_marker, id_marker = query.get("key-marker", ""), query.get("upload-id-marker", "")
+    limit = max_items(request, "max-uploads")
+    store.stat_bucket(request.bucket)
+    marker = (key_marker, id_marker or "g") if key_marker else ("", "")  # "g" is above every id
+    page = uploads_page(list_uploads(store, request.bucket), prefix, delimiter, marker, limit)
+    shown, groups, following = page
+    next_markers = [
+        element("NextKeyMarker", show(following[0])),
+        element("NextUploadIdMarker", following[1]),
+    ]
+    return xml_response(
+        "ListMultipartUploadsResult",
+        element("Bucket", request.bucket),
+        element("KeyMarker", show(key_marker)),
+        element("UploadIdMarker", id_marker),
+        *(next_markers if following[0] else []),
+        element("Prefix", show(prefix)),
+        *([element("Delimiter", show(delimiter))] if delimiter else []),
+        element("MaxUploads", limit),
+        *([element("EncodingType", "url")] if query.get("encoding-type") else []),
+        element("IsTruncated", bool(following[0])),
+        *(upload_element(upload, show) for upload in shown),
+        *(element("CommonPrefixes", element("Prefix", show(group))) for group in groups),
+    )
+
+
+def uploads_page(
+    uploads: Iterable[Upload], prefix: str, delimiter: str, marker: tuple[str, str], limit: int
+) -> tuple[list[Upload], list[str], tuple[str, str]]:
+    """Uploads and common prefixes above `marker`, a key or common prefix and an upload id, `limit`
+    together at most; and the marker of the next page, ("", "") on the last. `uploads` are in order."""
+    shown: list[Upload] = []
+    groups: list[str] = []
+    last = ("", "")
+    for upload in uploads:
+        group = common_prefix(upload.key, prefix, delimiter)
+        place = (group or upload.key, "" if group else upload.id)
+        if not upload.key.startswith(prefix) or place <= marker or group in groups[-1:]:
+            continue
+        if len(shown) + len(groups) >= limit:
+            return shown, groups, last
+        last = place
+        if group:
+            groups.append(group)
+        else:
+            shown.append(upload)
+    return shown, groups, ("", "")
+
+
+def upload_element(upload: Upload, show: Callable[[str], str]) -> Xml:
+    """<Upload>."""
+    return element(
+        "Upload",
+        element("Key", show(upload.key)),
+        element("UploadId", upload.id),
+        INITIATOR,
+        OWNER,
+        element("StorageClass", "STANDARD"),
+        element("Initiated", iso_date(upload.initiated)),
+        *(
+            [
+                element("ChecksumAlgorithm", upload.algorithm),
+                element("ChecksumType", upload.checksum_type),
+            ]
+            if upload.algorithm
+            else []
+        ),
+    )
+
+
+# ===== 10 Routes =====
+
+SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
+READ, WRITE, ADMIN = "read", "write", "admin"
+ROLES = {"admin": {READ, WRITE, ADMIN}, "writer": {READ, WRITE}, "reader": {READ}}
+
+Operation = Callable[[Store, Request], Response]
+
+
+class Route(NamedTuple):
+    """One row: a request with this method, this kind of resource, exactly these sub-resources in its
+    query, and this header if one is named, is this operation and needs this permission."""
+
+    method: str
+    resource: str
+    subresources: tuple[str, ...]
+    operation: Operation
+    permission: str
+    header: str = ""
+
+
+# The first row that matches is taken, so the narrower stands above.
+ROUTES = (
+    Route("GET", SERVICE, (), list_buckets, READ),
+    Route("PUT", BUCKET, (), create_bucket, ADMIN),
+    Route("HEAD", BUCKET, (), head_bucket, READ),
+    Route("DELETE", BUCKET, (), delete_bucket, ADMIN),
+    Route("GET", BUCKET, ("list-type",), list_objects_v2, READ),
+    Route("GET", BUCKET, (), list_objects, READ),
+    Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
+    Route("GET", BUCKET, ("acl",), get_acl, READ),
+    *(Route("GET", BUCKET, (name,), get_bucket_configuration, READ) for name in BUCKET_CONFIGURATIONS),
+    Route("POST", BUCKET, ("delete",), delete_objects, WRITE),
+    Route("GET", OBJECT, ("attributes",), get_object_attributes, READ),
+    Route("GET", OBJECT, ("acl",), get_acl, READ),
+    *(Route("GET", OBJECT, (name,), get_object_configuration, READ) for name in OBJECT_CONFIGURATIONS),
+    Route("GET", OBJECT, ("uploadId",), list_parts_page, READ),
+    Route("GET", OBJECT, ("partNumber",), get_object, READ),
+    Route("GET", OBJECT, (), get_object, READ),
+    Route("HEAD", OBJECT, ("partNumber",), head_object, READ),
+    Route("HEAD", OBJECT, (), head_object, READ),
+    Route("PUT", OBJECT, ("partNumber", "uploadId"), upload_part_copy, WRITE, "x-amz-copy-source"),
+    Route("PUT", OBJECT, ("partNumber", "uploadId"), upload_part, WRITE),
+    Route("PUT", OBJECT, (), copy_object, WRITE, "x-amz-copy-source"),
+    Route("PUT", OBJECT, (), put_object, WRITE),
+    Route("POST", OBJECT, ("uploads",), create_multipart_upload, WRITE),
+    Route("POST", OBJECT, ("uploadId",), complete_multipart_upload, WRITE),
+    Route("DELETE", OBJECT, ("uploadId",), abort_multipart_upload, WRITE),
+    Route("DELETE", OBJECT, (), delete_object, WRITE),
+)  # fmt: skip
+METHODS = {route.method for route in ROUTES} | {"OPTIONS"}
+
+# Query parameters that say how an operation is done; any other name that has no value is a sub-resource.
+PARAMETERS = {
+    "prefix", "delimiter", "marker", "max-keys", "encoding-type", "start-after", "continuation-token",
+    "fetch-owner", "key-marker", "upload-id-marker", "max-uploads", "max-parts", "part-number-marker",
+    "max-buckets", "bucket-region", "x-id", "versionId", *(f"response-{name}" for name in STORED_HEADERS),
+}  # fmt: skip
+# Sub-resources that may have a value.
+SUBRESOURCES = {name for route in ROUTES for name in route.subresources} | {
+    "analytics", "intelligent-tiering", "inventory", "metrics", "restore", "select", "session", "torrent",
+    "versions",
+}  # fmt: skip
+
+
+def find_route(request: Request) -> Route:
+    """The row of ROUTES for a request: NotImplemented, MethodNotAllowed, NoSuchVersion."""
+    resource = OBJECT if request.key else BUCKET if request.bucket else SERVICE
+    asked = {
+        name
+        for name, value in request.query.items()
+        if name in SUBRESOURCES
+        or (not value and name not in PARAMETERS and not name.startswith("X-Amz-"))
+    }
+    if request.query.get("versionId", "null") not in ("", "null"):
+        raise S3Error("NoSuchVersion")
+    for route in ROUTES:
+        if (
+            route.method == request.method
+            and route.resource == resource
+            and asked == set(route.subresources)
+            and (not route.header or route.header in request.headers)
+        ):
+            return route
+    if request.method in METHODS and asked:
+        raise S3Error(
+            "NotImplemented", f"{request.method} of ?{'&'.join(sorted(asked))} is not implemented."
+        )
+    raise S3Error("MethodNotAllowed", Method=request.method)
+
+
+def check_permission(request: Request, permission: str) -> None:
+    """AccessDenied unless the role allows it, or the bucket is one that anyone may read."""
+    if request.credential is not None:
+        allowed = permission in ROLES[request.credential.role]
+    else:
+        allowed = permission == READ and request.bucket in request.settings.public_read
+    if not allowed:
+        raise S3Error("AccessDenied")
+
+
+class Service:
+    """Answers requests: everything between a parsed head and a Response."""
+
+    HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
+
+    def __init__(
+        self, store: Store, settings: Settings, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self._clock = clock
+        self._secrets = {access: each.secret for access, each in settings.credentials.items()}
+
+    def respond(self, request: Request) -> Response:
+        """The answer, an error too. Only a bug raises."""
+        try:
+            response = self._serve(request)
+        except S3Error as error:
+            response = error_response(request, error)
+        except OSError as error:
+            code = OS_ERRORS.get(error.errno or 0)
+            if code is None:
+                raise
+            LOG.error("%s %s: %s", request.method, request.path, error)
+            response = error_response(request, S3Error(code))
+        response.headers.update(cors_headers(request))
+        return response
+
+    def _serve(self, request: Request) -> Response:
+        request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
+        if request.method == "OPTIONS":
+            return preflight(request)
+        if (
+            request.path in self.HEALTH_PATHS
+            and request.method in ("GET", "HEAD")
+            and not request.query
+        ):
+            return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
+        if request.path.startswith("/_zs3/"):
+            request.body = open_body(request, None)
+            return self.store.internal(request)
+        auth = authenticate(request, self._secrets, self._clock())
+        request.credential = self.settings.credentials[auth.access] if auth else None
+        request.bucket, request.key = address(request)
+        route = find_route(request)
+        check_permission(request, route.permission)
+        if request.bucket and not is_bucket_name(request.bucket):
+            raise S3Error("InvalidBucketName", BucketName=request.bucket)
+        if request.key:
+            check_key(request.key)
+        request.body = open_body(request, auth)
+        return route.operation(self.store, request)
+
+
+def error_response(request: Request, error: S3Error) -> Response:
+    """The XML of an error. (S3 API reference, "REST error responses")"""
+    details = [element(name, value) for name, value in error.details.items()]
+    document = xml_document(
+        "Error",
+        element("Code", error.code),
+        element("Message", error.message),
+        *details,
+        element("Resource", request.path),
+        element("RequestId", request.id),
+        namespace=False,
+    )
+    return Response(error.status, {"Content-Type": "application/xml"} | error.headers, document)
+
+
+def cors_headers(request: Request) -> dict[str, str]:
+    """What lets a page from an origin of --cors-origin read the answer; nothing for any other."""
+    allowed, origin = request.settings.cors_origins, request.header("origin")
+    if not origin or not ("*" in allowed or origin in allowed):
+        return {}
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": "*, ETag, Content-Range, x-amz-request-id, x-amz-meta-*",
+        "Vary": "Origin",
+    }
+
+
+def preflight(request: Request) -> Response:
+    """OPTIONS: a browser asks, unsigned, whether a page may send a request. AccessForbidden if not."""
+    if not cors_headers(request) or "access-control-request-method" not in request.headers:
+        raise S3Error("AccessForbidden")
+    return Response(
+        200,
+        {
+            "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
+            "Access-Control-Allow-Headers": request.header("access-control-request-headers") or "*",
+            "Access-Control-Max-Age": "3600",
+        },
+    )
+
+
+# ===== 11 HTTP server =====
+
+
+class Wire:
+    """The incoming bytes of a connection. Reading times out with the socket's TimeoutError."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._rest = b""  # received, not yet read
+
+    def read_head(self) -> bytes:
+        """A request's head with its final empty line; b"" if the client has gone.
+        RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
+        deadline = 0.0
+        while (end := self._rest.find(b"\r\n\r\n")) < 0:
+            if len(self._rest) > MAX_HEAD_BYTES:
+                raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+            received = self._connection.recv(MAX_HEAD_BYTES)
+            if not received:
+                return b""
+            self._rest = (self._rest + received).lstrip(b"\r\n")  # RFC 9112, 2.2
+            now = time.monotonic()
+            deadline = deadline or now + SOCKET_SECONDS
+            if now > deadline:
+                raise S3Error("RequestTimeout")
+        end += 4
+        head, self._rest = self._rest[:end], self._rest[end:]
+        if len(head) > MAX_HEAD_BYTES:
+            raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+        return head
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view` with what has come, waiting for the first byte; 0 if the client has gone."""
+        if not self._rest:
+            return self._connection.recv_into(view)
+        got = min(len(view), len(self._rest))
+        view[:got] = self._rest[:got]
+        self._rest = self._rest[got:]
+        return got
+
+    def readline(self, limit: int) -> bytes:
+        """Up to and with the next LF, `limit` bytes at most; less if the client has gone."""
+        while b"\n" not in self._rest[:limit] and len(self._rest) < limit:
+            received = self._connection.recv(SMALL_BYTES)
+            if not received:
+                break
+            self._rest += received
+        end = self._rest.find(b"\n", 0, limit) + 1 or limit
+        line, self._rest = self._rest[:end], self._rest[end:]
+        return line
+
+
+class RequestIds:
+    """Ids that are unique among the requests of all servers."""
+
+    def __init__(self) -> None:
+        self._base = secrets.randbits(64)
+        self._count = itertools.count()
+        self.host_id = base64.b64encode(secrets.token_bytes(24)).decode()  # x-amz-id-2
+
+    def next(self) -> str:
+        """16 hex digits, as in x-amz-request-id."""
+        return f"{(self._base + next(self._count)) % 2**64:016X}"
+
+
+class AccessLog:
+    """One line a request on standard error: the combined format of web servers with seconds and
+    request id behind it, or JSON."""
+
+    def __init__(self, style: str) -> None:
+        self._write = {"text": self._text, "json": self._json, "": self._nothing}[style]
+
+    def __call__(self, request: Request, status: int, length: int, seconds: float) -> None:
+        """Write the line. `length` is that of the body sent, in bytes."""
+        self._write(request, status, length, seconds)
+
+    def _nothing(self, request: Request, status: int, length: int, seconds: float) -> None:
+        """--quiet."""
+
+    def _text(self, request: Request, status: int, length: int, seconds: float) -> None:
+        now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+        who = request.credential.access if request.credential else "-"
+        agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
+        line = (
+            f'{request.client} - {who} [{now}] "{request.method} {logged_target(request)} {request.version}" '
+            f'{status} {length} "-" "{agent}" {seconds:.6f} {request.id}\n'
+        )
+        os.write(2, line.encode("ascii", "replace"))
+
+    def _json(self, request: Request, status: int, length: int, seconds: float) -> None:
+        entry = {
+            "time": iso_date(time.time()),
+            "client": request.client,
+            "access_key": request.credential.access if request.credential else None,
+            "method": request.method,
+            "target": logged_target(request),
+            "status": status,
+            "bytes": length,
+            "seconds": round(seconds, 6),
+            "agent": request.header("user-agent"),
+            "request_id": request.id,
+        }
+        os.write(2, json.dumps(entry).encode() + b"\n")
+
+
+def logged_target(request: Request) -> str:
+    """Path and query without the signature of a presigned URL, which is as good as a password."""
+    query = re.sub(r"(X-Amz-Signature=)[^&]*", r"\1...", request.raw_query)
+    return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. Requests are parsed here, not by http.server: its parser takes several times as
+    long, squeezes the slashes that a signature covers, and takes heads that can be read in two ways."""
+
+    server: Server
+    timeout = SOCKET_SECONDS
+    disable_nagle_algorithm = True
+    REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+    def setup(self) -> None:
+        """Prepare to read the connection."""
+        super().setup()
+        self.wire = Wire(self.connection)
+
+    def handle(self) -> None:
+        """Requests until the client goes away, errs or is told to; its going away is no error."""
+        try:
+            while self._handle_next():
+                pass
+        except (ConnectionError, TimeoutError):
+            LOG.debug("%s went away", self.client_address[0])
+
+    def _handle_next(self) -> bool:
+        """Answer one request. Whether the connection is good for another."""
+        request = Request("-", "-", "", {}, self.server.service.settings)
+        request.client, request.id = self.client_address[0], self.server.ids.next()
+        began = time.monotonic()
+        try:
+            head = self.wire.read_head()
+            if not head:
+                return False
+            with self.server.under_way():
+                began = time.monotonic()
+                self._parse(request, head)
+                response = self._respond(request)
+                return self._finish(request, response, began)
+        except (
+            S3Error
+        ) as error:  # the head could not be read, so nobody knows where the next begins
+            request.wire.failed = True
+            self._finish(request, error_response(request, error), began)
+            self._linger()
+            return False
+
+    def _parse(self, request: Request, head: bytes) -> None:
+        """Fill in the request from its head."""
+        parsed = parse_head(head)
+        request.method, request.path, request.raw_query, request.version, request.headers = parsed
+        length = body_length(request.headers, request.version)
+        proceed = None
+        if "expect" in request.headers and request.version == "HTTP/1.1":
+            if request.headers["expect"].lower() != "100-continue":
+                raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
+            proceed = self._send_continue
+        request.wire = WireBody(self.wire, length, proceed)
+
+    def _send_continue(self) -> None:
+        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _respond(self, request: Request) -> Response:
+        try:
+            return self.server.service.respond(request)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            LOG.exception("%s %s (request %s)", request.method, request.path, request.id)
+            request.wire.failed = True
+            return error_response(request, S3Error("InternalError"))
+
+    def _finish(self, request: Request, response: Response, began: float) -> bool:
+        """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
+        keep = request.wire.ended and not request.wire.failed and not self.server.stopping
+        asked = request.header("connection").lower()
+        keep = keep and (
+            asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked
+        )
+        length = 0
+        try:
+            length = self._send(request, response, keep)
+        finally:
+            if isinstance(response.body, Stream):
+                response.body.content.close()
+            self.server.log(request, response.status, length, time.monotonic() - began)
+        if not request.wire.ended and not request.wire.waits:
+            self._linger()
+        return keep
+
+    def _send(self, request: Request, response: Response, keep: bool) -> int:
+        """Write head and body; the number of bytes of the body."""
+        body = response.body
+        length = len(body) if isinstance(body, bytes) else body.length
+        lines = [
+            f"HTTP/1.1 {response.status} {self.REASONS.get(response.status, '')}",
+            f"Server: zs3/{VERSION}",
+            f"Date: {http_date(int(time.time()))}",
+            f"x-amz-request-id: {request.id}",
+            f"x-amz-id-2: {self.server.ids.host_id}",
+        ]
+        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        if response.status not in (204, 304) and "Content-Length" not in response.headers:
+            lines.append(f"Content-Length: {length}")
+        if not keep:
+            lines.append("Connection: close")
+        elif request.version == "HTTP/1.0":
+            lines.append("Connection: keep-alive")
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        if request.method == "HEAD" or response.status in (204, 304):
+            self.connection.sendall(head)
+            return 0
+        if isinstance(body, bytes):
+            self.connection.sendall(head + body)
+        else:
+            self._send_stream(head, body)
+        return length
+
+    def _send_stream(self, head: bytes, body: Stream) -> None:
+        """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
+        content, start, length = body
+        if isinstance(content, FileContent) and length > SMALL_BYTES:
+            self.connection.sendall(head, socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0)
+            sent = self.connection.sendfile(content, start, length)
+        else:
+            sent = 0
+            for data in content.chunks(start, length):
+                self.connection.sendall(head + data if head else data)
+                head = b""
+                sent += len(data)
+            if head:
+                self.connection.sendall(head)
+        if sent != length:
+            LOG.warning("an object was cut short while it was sent")
+            raise ConnectionError  # all that is left to say so
+
+    def _linger(self) -> None:
+        """Read on for a while what a client is still sending, so that it reads our answer rather than
+        that the connection was reset. (RFC 9112, 9.6)"""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        waste = bytearray(SMALL_BYTES)
+        while (left := deadline - time.monotonic()) > 0:
+            self.connection.settimeout(left)
+            if not self.connection.recv_into(waste):
+                return
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections on a listening socket, which processes may share, and gives each a thread."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: socket.socket, service: Service, log: AccessLog) -> None:
+        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        listener.setblocking(False)  # another process may take the connection first
+        self.service = service
+        self.log = log
+        self.ids = RequestIds()
+        self.stopping = False
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._idle = threading.Condition()  # guards the number below; told when it is 0
+        self._under_way = 0
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A request is being answered: finish() waits for it."""
+        with self._idle:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._idle.notify_all()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread, or SlowDown when there are too many."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            with contextlib.suppress(OSError):  # it may be gone already
+                request.sendall(
+                    b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The thread of a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """An exception that no connection should raise."""
+        LOG.exception("connection from %s", client_address[0])
+
+    def stop(self) -> None:
+        """Make serve_forever return; safe in a signal handler of the thread that runs it."""
+        self.stopping = True
+        threading.Thread(target=self.shutdown).start()
+
+    def finish(self) -> None:
+        """Accept no more, and wait for the requests under way, SHUTDOWN_SECONDS at most."""
+        self.server_close()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._under_way, SHUTDOWN_SECONDS)
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. `port` 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+# ===== 12 Command line =====
+
+DEFAULT_CREDENTIAL = ("minioadmin", "minioadmin")
+EPILOG = """\
+Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by ZS3_QUIET=1.
+MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are taken as the admin's keys where there is no --acl.
+Durations are seconds, or a number with s, m, h or d behind it: 45s, 30m, 12h, 7d.
+
+Roles: a reader may get and list; a writer may also put and delete objects; an admin may also create and
+delete buckets. GET /_zs3/health (or /minio/health/live, /minio/health/ready) answers 200 to anyone.
+"""
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: `90`, `45s`, `30m`, `12h`, `7d`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 45s, 30m, 12h or 7d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def parse_names(text: str) -> list[str]:
+    """Words separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_buckets(text: str) -> list[str]:
+    """Bucket names separated by commas."""
+    names = parse_names(text)
+    for name in names:
+        if not is_bucket_name(name):
+            raise argparse.ArgumentTypeError(f"{name!r} is no bucket name")
+    return names
+
+
+def parse_acl(text: str) -> list[Credential]:
+    """`role:access:secret,...`; a secret may hold colons but no comma."""
+    credentials = []
+    for entry in parse_names(text):
+        role, _, keys = entry.partition(":")
+        access, _, secret = keys.partition(":")
+        if role not in ROLES or not access or not secret:
+            raise argparse.ArgumentTypeError(
+                f"each entry must be role:access:secret, the role one of {', '.join(ROLES)}"
+            )
+        credentials.append(Credential(role, access, secret))
+    if len({each.access for each in credentials}) < len(credentials):
+        raise argparse.ArgumentTypeError("an access key stands there twice")
+    return credentials
+
+
+def bounded(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: an integer within [low, high]."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,15}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer between {low} and {high}")
+        return int(text)
+
+    return parse
+
+
+class Options(argparse.ArgumentParser):
+    """argparse, with an environment variable behind each option."""
+
+    def option(self, group: Any, name: str, help: str, default: Any = "", **how: Any) -> None:
+        """Add --name; its default is that of ZS3_NAME if set."""
+        value = os.environ.get("ZS3_" + name.upper().replace("-", "_"))
+        if how.get("action") == "store_true":
+            if value is not None and value.lower() not in (
+                "",
+                "0",
+                "false",
+                "no",
+                "1",
+                "true",
+                "yes",
+            ):
+                self.error(f"ZS3_{name.upper()} must be 0 or 1")
+            default = (value or "").lower() in ("1", "true", "yes")
+        elif value is not None:
+            default = value
+        group.add_argument(f"--{name}", help=help, default=default, **how)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line and the environment."""
+    options = Options(
+        prog="zs3",
+        description="S3-compatible object storage on plain files.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_server_options(options)
+    add_distributed_options(options)
+    options.add_argument("--version", action="version", version=f"zs3 {VERSION}")
+    args = options.parse_args(argv)
+    for name in ("choice of log format", args.log_format):
+        if name == args.log_format and name not in ("text", "json"):
+            options.error("--log-format must be text or json")
+    if args.distributed and args.workers > 1:
+        options.error("--workers does not go with --distributed: start more nodes instead")
+    return args
+
+
+def add_server_options(options: Options) -> None:
+    """What a standalone server knows."""
+    group, path = options.add_argument_group("server"), "PATH"
+    option = functools.partial(options.option, group)
+    option("port", "port to listen on; 0 takes a free one (9000)", "9000", type=bounded(0, 65535))
+    option(
+        "host",
+        "address to listen on (127.0.0.1 with the default keys, else 0.0.0.0)",
+        metavar="ADDRESS",
+    )
+    option("data-dir", "folder of the data, made if it is not there (data)", "data", metavar=path)
+    option(
+        "acl",
+        "who may do what (admin:minioadmin:minioadmin)",
+        metavar="ROLE:ACCESS:SECRET,...",
+        type=parse_acl,
+    )
+    option(
+        "public-read",
+        "buckets that anyone may read and list",
+        metavar="BUCKET,...",
+        type=parse_buckets,
+    )
+    option("bucket", "buckets to make at the start", metavar="BUCKET,...", type=parse_buckets)
+    option(
+        "cors-origin",
+        "origins whose pages may use the server, * for any",
+        metavar="ORIGIN,...",
+        type=parse_names,
+    )
+    option("domain", "serve BUCKET.DOMAIN as the bucket, too", metavar="DOMAIN")
+    option("workers", "processes that share the port (1)", "1", metavar="N", type=bounded(1, 64))
+    option(
+        "fsync",
+        "flush each write to the disk before answering, against loss of power",
+        action="store_true",
+    )
+    option(
+        "min-part-size",
+        "least bytes of a part but the last (5242880)",
+        str(MIN_PART_BYTES),
+        metavar="BYTES",
+        type=bounded(0, MAX_PUT_BYTES),
+    )
+    option(
+        "upload-expiry",
+        "age at which an unfinished multipart upload is removed (7d)",
+        str(UPLOAD_EXPIRY_SECONDS),
+        metavar="DURATION",
+        type=parse_duration,
+    )
+    option("log-format", "text (combined format) or json", "text", metavar="FORMAT")
+    option("quiet", "no line for each request", action="store_true")
+    option(
+        "check",
+        "ask the server at --host and --port for its health; exit 0 or 1",
+        action="store_true",
+    )
+
+
+def add_distributed_options(options: Options) -> None:
+    """What a node of a cluster knows beside."""
+    group = options.add_argument_group("distributed mode")
+    option = functools.partial(options.option, group)
+    option("distributed", "be a node of a cluster (needs the package blake3)", action="store_true")
+    option("bootstrap", "nodes of the cluster to join", metavar="HOST:PORT,...", type=parse_names)
+    option(
+        "discover",
+        "find nodes of the same cluster by multicast on the local network",
+        action="store_true",
+    )
+    option("advertise", "address at which the other nodes reach this one", metavar="HOST:PORT")
+    option(
+        "cluster-secret",
+        "what proves that a node belongs to the cluster (made from the admin's secret)",
+        metavar="SECRET",
+    )
+    option(
+        "replicas",
+        "nodes that hold each block and record (3)",
+        "3",
+        metavar="N",
+        type=bounded(1, 20),
+    )
+    option(
+        "gossip-interval-ms",
+        "milliseconds between two rounds of background work (30000)",
+        "30000",
+        metavar="N",
+        type=bounded(100, 10**9),
+    )
+    option(
+        "gc-grace",
+        "age at which a block that no object refers to is removed (10m)",
+        "10m",
+        metavar="DURATION",
+        type=parse_duration,
+    )
+    option(
+        "tombstone-grace",
+        "least time that a deletion is remembered (24h)",
+        "24h",
+        metavar="DURATION",
+        type=parse_duration,
+    )
+    option("forget", "tell the cluster that this node is gone for good", metavar="NODE_ID")
+
+
+def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
+    """By access key: from --acl, from MinIO's variables, or the default."""
+    credentials = args.acl
+    if not credentials:
+        access = os.environ.get("MINIO_ROOT_USER") or DEFAULT_CREDENTIAL[0]
+        secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_CREDENTIAL[1]
+        credentials = [Credential("admin", access, secret)]
+    return {each.access: each for each in credentials}
+
+
+def well_known(credentials: Mapping[str, Credential]) -> bool:
+    """Whether anyone could know a secret, since it is the default one."""
+    return any(each.secret == DEFAULT_CREDENTIAL[1] for each in credentials.values())
+
+
+def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
+    """The store that the command line asks for."""
+    if args.distributed:
+        import zs3_dist
+
+        return zs3_dist.open_store(args, credentials)
+    return FileStore(args.data_dir, args.fsync)
+
+
+def check_health(args: argparse.Namespace) -> int:
+    """--check: 0 if a server answers at --host and --port, else 1."""
+    host = args.host if args.host not in ("", "0.0.0.0", "::") else "127.0.0.1"
+    connection = http.client.HTTPConnection(host, args.port, timeout=5)
+    try:
+        connection.request("GET", "/_zs3/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        connection.close()
+    return 0 if status == 200 else 1
+
+
+def print_banner(
+    args: argparse.Namespace, credentials: Mapping[str, Credential], address: tuple[str, int]
+) -> None:
+    """What a newcomer needs to know, on standard error."""
+    host, port = address
+    shown = f"[{host}]" if ":" in host else host
+    lines = [f"zs3 {VERSION} at http://{shown}:{port}", f"data in {os.path.abspath(args.data_dir)}"]
+    if well_known(credentials):
+        lines.append(
+            "access key minioadmin, secret minioadmin: for this machine only; set others by --acl"
+        )
+        if not host.startswith("127.") and host != "::1":
+            lines.append(
+                "WARNING: anyone who reaches this port can use the well-known default keys"
+            )
+    else:
+        lines.append(
+            f"access keys: {', '.join(f'{each.access} ({each.role})' for each in credentials.values())}"
+        )
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def sweep_uploads(store: Store, expiry: float) -> None:
+    """Remove stale uploads now and then, for as long as the server runs."""
+    while True:
+        try:
+            for bucket in store.list_buckets():
+                count = expire_uploads(store, bucket.name, time.time() - expiry)
+                if count:
+                    LOG.info("removed %d stale uploads of %s", count, bucket.name)
+        except (S3Error, OSError) as error:
+            LOG.warning("could not look for stale uploads: %s", error)  # next time, then
+        time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
+
+
+def serve(
+    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
+) -> int:
+    """Serve until SIGTERM or SIGINT, and finish what is under way."""
+    store = open_store(args, credentials)
+    settings = Settings(
+        credentials=credentials,
+        public_read=frozenset(args.public_read),
+        cors_origins=tuple(args.cors_origin),
+        domain=args.domain,
+        min_part_bytes=args.min_part_size,
+    )
+    server = Server(
+        listener, Service(store, settings), AccessLog("" if args.quiet else args.log_format)
+    )
+
+    def stop(*_: object) -> None:
+        server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    store.start()
+    threading.Thread(target=prepare, args=(args, store), name="prepare", daemon=True).start()
+    server.serve_forever()
+    server.finish()
+    store.close()
+    return 0
+
+
+def prepare(args: argparse.Namespace, store: Store) -> None:
+    """Make the buckets of --bucket, once the server answers (so do its peers), then keep house."""
+    for bucket in args.bucket:
+        store.create_bucket(bucket)
+    sweep_uploads(store, args.upload_expiry)
+
+
+def serve_workers(
+    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
+) -> int:
+    """--workers: processes that accept from one socket and share the data folder. One that dies is
+    replaced; SIGTERM and SIGINT end all."""
+    workers: set[int] = set()
+    stopping = False
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while workers or not stopping:
+        while not stopping and len(workers) < args.workers:
+            pid = os.fork()
+            if pid == 0:
+                os._exit(serve(args, credentials, listener))
+            workers.add(pid)
+        pid, status = os.wait()
+        workers.discard(pid)
+        if not stopping:
+            LOG.error("worker %d ended with status %d", pid, status)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; the exit status."""
+    args = parse_arguments(argv)
+    if args.check:
+        return check_health(args)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="zs3: %(message)s")
+    credentials = choose_credentials(args)
+    host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
+    threading.stack_size(512 * KiB)
+    try:
+        listener = open_listener(host, args.port)
+    except OSError as error:
+        print(f"zs3: cannot listen on {host}:{args.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    args.host, args.port = listener.getsockname()[:2]
+    print_banner(args, credentials, (args.host, args.port))
+    run = serve_workers if args.workers > 1 else serve
+    with listener:
+        return run(args, credentials, listener)
+
+
+if __name__ == "__main__":
+    sys.modules["zs3"] = sys.modules["__main__"]  # so that zs3_dist imports this, not a second copy
+    sys.exit(main())
