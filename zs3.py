@@ -6,9 +6,10 @@
 
 The path of a request, by section:
 
-    socket -> head (11) -> Request, its body unread (4) -> signature, from the head alone (5) -> route,
-    one row of a table (10) -> role and names checked (10) -> operation (9, 8) -> store, which reads the
-    body (6) into a temporary file and renames it once (7) -> Response, a value (4) -> socket (11)
+    socket -> head (11) -> Request, its body unread (4) -> signature, from the head alone (5)
+           -> route, one row of a table (10) -> role and names checked (10) -> operation (9, 8)
+           -> store, which reads the body (6) into a temporary file and renames it once (7)
+           -> Response, a value (4) -> socket (11)
 
 Sections:
 
@@ -27,16 +28,17 @@ Sections:
 
 On disk, under --data-dir:
 
-    BUCKET/KEY            an object at its literal path; what describes it is in one extended attribute
-    .keys/BUCKET/NAME     objects whose key no path can spell (`a//b`, `dir/`) or whose path is taken (`a` beside `a/b`)
-    .meta/BUCKET/         when the bucket was made; descriptions that extended attributes cannot hold
-    .uploads/BUCKET/ID/   multipart uploads in progress: 00000 is the upload, 00001 to 10000 its parts
+    BUCKET/KEY            an object at its literal path, described by one extended attribute
+    .keys/BUCKET/NAME     an object whose key no path can spell (`a//b`, `dir/`) or whose path is
+                          taken (`a` beside `a/b`), under a spelling of the key that a path can hold
+    .meta/BUCKET/         when the bucket was made; descriptions that no attribute can hold
+    .uploads/BUCKET/ID/   a multipart upload in progress: 00000 is the upload, 00001 ... its parts
     .tmp/                 files being written: never an object until renamed
     .locks/               empty files that processes sharing the folder lock
 
-Refused, always with an S3 error and without a change: every sub-resource that no route names (versioning,
-ACLs, policies, tagging, lifecycle, object lock, encryption, ...) and every declared digest, length, date or
-signature that does not hold.
+Refused, always with an S3 error and without a change: every sub-resource that no route names
+(versioning, ACLs, policies, tagging, lifecycle, object lock, encryption, ...) and every declared
+digest, length, date or signature that does not hold.
 """
 
 from __future__ import annotations
@@ -62,7 +64,6 @@ import secrets
 import signal
 import socket
 import stat
-import struct
 import sys
 import threading
 import time
@@ -71,10 +72,10 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import FrameType
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -90,9 +91,7 @@ KiB, MiB, GiB = 1024, 1024**2, 1024**3
 MAX_HEAD_BYTES = 16 * KiB  # request line and headers; long presigned URLs and 2 KB of metadata fit
 MAX_KEY_BYTES = 1024  # of UTF-8; S3 "Object key names"
 MIN_BUCKET_CHARS, MAX_BUCKET_CHARS = 3, 63  # S3 "Bucket naming rules"
-MAX_METADATA_BYTES = (
-    2 * KiB
-)  # names and values of x-amz-meta-* together; S3 "User-defined metadata"
+MAX_METADATA_BYTES = 2 * KiB  # x-amz-meta-*, names and values; S3 "User-defined metadata"
 MAX_PUT_BYTES = 5 * GiB  # one PUT or part; S3 "Uploading objects"
 MIN_PART_BYTES = 5 * MiB  # every part but the last; S3 "Multipart upload limits"
 MAX_PART_NUMBER = 10_000  # S3 "Multipart upload limits"
@@ -111,15 +110,10 @@ BLOCK_BYTES = MiB  # a body is read, hashed and written in blocks of this
 CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
-LINGER_SECONDS = (
-    5.0  # a refused upload is still read for this long, so that its sender sees the answer
-)
+LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
-RACY_SECONDS = (
-    2.0  # a directory changed more recently may change again within one tick of its mtime
-)
-UPLOAD_EXPIRY_SECONDS = 7 * 24 * 3600.0  # default of --upload-expiry
+RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
 LOCK_STRIPES = 64  # keys share this many lock files
 
@@ -133,7 +127,6 @@ ERRORS: dict[str, tuple[int, str]] = {
     "AuthorizationHeaderMalformed": (400, "The authorization header is malformed."),
     "AuthorizationQueryParametersError": (400, "The authorization query parameters are malformed."),
     "BadDigest": (400, "The digest you specified did not match the content we received."),
-    "BucketAlreadyOwnedByYou": (409, "Your previous request to create the named bucket succeeded."),
     "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
     "EntityTooLarge": (400, "Your proposed upload exceeds the maximum allowed size."),
     "EntityTooSmall": (400, "Your proposed upload is smaller than the minimum allowed size."),
@@ -146,7 +139,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "InvalidBucketName": (400, "The specified bucket is not valid."),
     "InvalidChunkSizeError": (400, "A chunk of the body is framed wrongly."),
     "InvalidDigest": (400, "The Content-MD5 or checksum value that you specified is not valid."),
-    "InvalidPart": (400, "One or more of the specified parts could not be found or does not match."),
+    "InvalidPart": (400, "A part could not be found, or does not match its ETag or checksum."),
     "InvalidPartNumber": (416, "The requested partnumber is not satisfiable."),
     "InvalidPartOrder": (400, "The list of parts was not in ascending order."),
     "InvalidRange": (416, "The requested range is not satisfiable."),
@@ -155,11 +148,11 @@ ERRORS: dict[str, tuple[int, str]] = {
     "InvalidToken": (400, "Session tokens are not issued here, so none is valid."),
     "InvalidURI": (400, "Couldn't parse the specified URI."),
     "KeyTooLongError": (400, "Your key is too long."),
-    "MalformedXML": (400, "The XML you provided was not well-formed or is not what is expected here."),
+    "MalformedTrailerError": (400, "The trailers are not those that x-amz-trailer announced."),
+    "MalformedXML": (400, "The XML you provided was not well-formed or not what is expected."),
     "MetadataTooLarge": (400, "Your metadata headers exceed the maximum allowed metadata size."),
     "MethodNotAllowed": (405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (411, "You must provide the Content-Length HTTP header."),
-    "MissingSecurityHeader": (400, "Your request is missing a required header."),
     "NoSuchBucket": (404, "The specified bucket does not exist."),
     "NoSuchBucketPolicy": (404, "The bucket policy does not exist."),
     "NoSuchCORSConfiguration": (404, "The CORS configuration does not exist."),
@@ -182,7 +175,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "ServerSideEncryptionConfigurationNotFoundError": (404, "No encryption is configured."),
     "SignatureDoesNotMatch": (403, "The request signature we calculated does not match yours."),
     "SlowDown": (503, "Please reduce your request rate, or try again later."),
-    "XAmzContentSHA256Mismatch": (400, "The x-amz-content-sha256 you sent does not match the body."),
+    "XAmzContentSHA256Mismatch": (400, "The x-amz-content-sha256 does not match the body."),
 }  # fmt: skip
 
 # What the operating system may say of a disk or a limit -> what the client is told.
@@ -198,15 +191,16 @@ OS_ERRORS = {
 
 
 class S3Error(Exception):
-    """An answer other than success: `code` is a row of ERRORS; `details` become elements of the XML."""
+    """An answer other than success. `code` is a row of ERRORS; `headers`, a dict, are added to the
+    answer's; `details` become elements of its XML."""
 
     def __init__(
-        self, code: str, message: str = "", headers: dict[str, str] | None = None, **details: object
+        self, code: str, message: str = "", headers: Any = None, /, **details: object
     ) -> None:
         self.code = code
         self.status, default = ERRORS[code]
         self.message = message or default
-        self.headers = headers or {}
+        self.headers: dict[str, str] = headers or {}
         self.details = details
         super().__init__(f"{code}: {self.message}")
 
@@ -214,8 +208,11 @@ class S3Error(Exception):
 # ===== 3 Wire encoding =====
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110, 5.6.2)
+HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+TARGET = re.compile(r"/[\x21-\x7e]*")
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
-PLAIN_QUERY = re.compile(r"[A-Za-z0-9\-_.~=&]*")  # nothing to decode or to encode
+S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
 
 
@@ -225,7 +222,8 @@ def uri_encode(text: str, safe: str = "") -> str:
 
 
 def uri_decode(text: str) -> str:
-    """Undo percent-encoding, once. `text` is latin-1, the result UTF-8. InvalidURI when it cannot be."""
+    """Undo percent-encoding, once. `text` is latin-1, the result UTF-8. InvalidURI when it cannot
+    be."""
     if "%" not in text and text.isascii():
         return text
     if PERCENT.search(text):
@@ -274,7 +272,8 @@ class Xml(str):
 
 
 def escape(text: str) -> str:
-    """Text as it may stand in XML. What XML cannot carry becomes a character reference, as in S3."""
+    """Text as it may stand in XML. What XML cannot carry becomes a character reference, as in
+    S3."""
     if "&" in text or "<" in text or ">" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     if text.isprintable():
@@ -282,30 +281,28 @@ def escape(text: str) -> str:
     return UNSPELLABLE.sub(lambda found: f"&#x{ord(found[0]):x};", text)
 
 
-def element(name: str, *children: object) -> Xml:
-    """<name>children</name>: Xml as it is, True and False in lower case, anything else escaped."""
-    inner = "".join(
-        child
-        if type(child) is Xml
-        else escape(
-            str(child).lower() if child in (True, False) and isinstance(child, bool) else str(child)
-        )
-        for child in children
-    )
-    return Xml(f"<{name}>{inner}</{name}>")
+def xml(**fields: object) -> Xml:
+    """<Name>value</Name> for each field, in order: one for each item of a list, none for None. Xml
+    stands as it is, True and False in lower case, anything else is escaped."""
+    pieces = []
+    for name, value in fields.items():
+        for item in value if isinstance(value, list) else () if value is None else (value,):
+            text = item if type(item) is Xml else escape(str(item))
+            pieces.append(f"<{name}>{text.lower() if isinstance(item, bool) else text}</{name}>")
+    return Xml("".join(pieces))
 
 
-def xml_document(root: str, *children: object, namespace: bool = True) -> bytes:
-    """A whole answer of S3 as UTF-8."""
-    text = element(root, *children)
-    if namespace:
-        text = Xml(text.replace(">", ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/">', 1))
-    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + text.encode("utf-8")
+def xml_document(
+    root: str, *children: Xml, namespace: str = f' xmlns="{S3_NAMESPACE}"'
+) -> bytes:
+    """A whole document as UTF-8."""
+    start = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}>'
+    return f"{start}{''.join(children)}</{root}>".encode()
 
 
 def parse_xml(document: bytes, root: str) -> Element:
-    """The tree of a request body whose root is `root`, without namespaces. MalformedXML for anything
-    else, and for a document type declaration, whose entities could grow without end."""
+    """The tree of a request body whose root is `root`, without namespaces. MalformedXML for
+    anything else, and for a document type declaration, whose entities could grow without end."""
     builder = TreeBuilder()
     parser = expat.ParserCreate(namespace_separator="}")
 
@@ -327,8 +324,9 @@ def parse_xml(document: bytes, root: str) -> Element:
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for what is
-    to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange past the end."""
+    """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for
+    what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange
+    past the end."""
     found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", text, re.ASCII)
     if found is None or not (found[1] or found[2]):
         return None
@@ -340,24 +338,16 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     else:
         start, end = max(size - int(found[2]), 0), size - 1
     if start > end:
-        raise S3Error(
-            "InvalidRange",
-            headers={"Content-Range": f"bytes */{size}"},
-            ActualObjectSize=size,
-            RangeRequested=text,
-        )
+        unsatisfied = {"Content-Range": f"bytes */{size}"}
+        raise S3Error("InvalidRange", "", unsatisfied, ActualObjectSize=size, RangeRequested=text)
     return start, end - start + 1
 
 
 def parse_integer(text: str, name: str, low: int, high: int) -> int:
     """A decimal parameter within [low, high]; InvalidArgument otherwise."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
-        raise S3Error(
-            "InvalidArgument",
-            f"{name} must be an integer between {low} and {high}.",
-            ArgumentName=name,
-            ArgumentValue=text,
-        )
+        message = f"{name} must be an integer between {low} and {high}."
+        raise S3Error("InvalidArgument", message, ArgumentName=name, ArgumentValue=text)
     return int(text)
 
 
@@ -372,6 +362,9 @@ class Content(Protocol):
 
     def close(self) -> None:
         """Give back what it holds."""
+
+
+HOST_ID = base64.b64encode(secrets.token_bytes(24)).decode()  # x-amz-id-2: which server answered
 
 
 class Stream(NamedTuple):
@@ -413,7 +406,7 @@ class Settings:
 
 @dataclass
 class Request:
-    """A request's head, and its body yet to be read. Header names are in lower case and values latin-1,
+    """A request's head, and its body yet to be read. Header names are in lower case, values latin-1
     as on the wire; `path` and `raw_query` are percent-encoded, as signed."""
 
     method: str
@@ -439,8 +432,9 @@ class Request:
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     """Method, path, query, version and headers of a request's head, which ends with an empty line.
 
-    Stricter than RFC 9112 wherever two readers could disagree on where a request ends: no folded lines,
-    no blanks around a name, no bare CR or LF, one Host. Repeated headers are joined by commas."""
+    Stricter than RFC 9112 wherever two readers could disagree on where a request ends: no folded
+    lines, no blanks around a name, no bare CR or LF, one Host. Repeated headers are joined by
+    commas."""
     lines = head[:-4].decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -451,13 +445,7 @@ def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
-        if (
-            not colon
-            or not TOKEN.fullmatch(name)
-            or "\n" in value
-            or "\r" in value
-            or "\0" in value
-        ):
+        if not colon or not TOKEN.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
             raise S3Error("InvalidRequest", "A header line is malformed.")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
@@ -467,14 +455,10 @@ def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
         headers[name] = value
     if target.startswith("http://"):  # absolute-form (RFC 9112, 3.2.2)
         target = "/" + target[7:].partition("/")[2]
-    if (
-        not target.startswith("/")
-        or not target.isascii()
-        or (version == "HTTP/1.1" and "host" not in headers)
-    ):
-        raise S3Error(
-            "InvalidRequest", "The request target or the Host header is missing or malformed."
-        )
+    if not TARGET.fullmatch(target):
+        raise S3Error("InvalidURI")
+    if version == "HTTP/1.1" and not headers.get("host"):
+        raise S3Error("InvalidRequest", "The Host header is missing.")
     path, _, raw_query = target.partition("?")
     return method, path, raw_query, version, headers
 
@@ -485,9 +469,7 @@ def body_length(headers: Mapping[str, str], version: str) -> int | None:
     length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
     if encoding is not None:
         if length is not None or version == "HTTP/1.0":
-            raise S3Error(
-                "InvalidRequest", "Transfer-Encoding goes with neither Content-Length nor HTTP/1.0."
-            )
+            raise S3Error("InvalidRequest", "Transfer-Encoding with Content-Length or HTTP/1.0.")
         if encoding.lower() != "chunked":
             raise S3Error("NotImplemented", "The only transfer encoding here is chunked.")
         return None
@@ -499,10 +481,10 @@ def body_length(headers: Mapping[str, str], version: str) -> int | None:
 
 
 def address(request: Request) -> tuple[str, str]:
-    """Bucket and key, "" where there is none, from the path (and the host, for virtual-host addressing).
-    `/b` and `/b/` are both the bucket; a key may begin with slashes."""
-    host = request.header("host").rpartition(":")[0] or request.header("host")
-    domain = "." + request.settings.domain
+    """Bucket and key, "" where there is none, from the path, or from host and path where the host
+    is BUCKET.domain. `/b` and `/b/` are both the bucket; a key may begin with slashes."""
+    host = re.sub(r":\d+$", "", request.header("host").lower())
+    domain = "." + request.settings.domain.lower()
     if len(domain) > 1 and host.endswith(domain):
         return host[: -len(domain)], uri_decode(request.path[1:])
     bucket, _, key = request.path[1:].partition("/")
@@ -527,13 +509,11 @@ def check_key(key: str) -> None:
     if size > MAX_KEY_BYTES:
         raise S3Error("KeyTooLongError", MaxSizeAllowed=MAX_KEY_BYTES, Size=size)
     if not key or (("." in key) and not {".", ".."}.isdisjoint(key.split("/"))):
-        raise S3Error(
-            "InvalidArgument", "A key cannot be empty or have a component that is . or ..", Key=key
-        )
+        raise S3Error("InvalidArgument", "A key cannot be empty or have a part . or ..", Key=key)
 
 
 # ===== 5 Signature Version 4 =====
-# (AWS: "Authenticating Requests (AWS Signature Version 4)" in the S3 API reference; its steps, its words.)
+# (S3 API reference, "Authenticating Requests (AWS Signature Version 4)": its steps, its words.)
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -568,14 +548,9 @@ def sha256_hex(data: bytes) -> str:
 
 
 def canonical_uri(path: str) -> str:
-    """Step 1. The path decoded and encoded anew, since clients differ in what they leave as it is. In
-    S3, unlike other services, it is encoded once and `//` and `..` stay."""
-    if (
-        "%" not in path
-        and PLAIN_QUERY.fullmatch(path.replace("/", ""))
-        and "=" not in path
-        and "&" not in path
-    ):
+    """Step 1. The path decoded and encoded anew, since clients differ in what they leave as it is.
+    In S3, unlike other services, it is encoded once and `//` and `..` stay."""
+    if PLAIN_PATH.fullmatch(path):
         return path
     return quote(unquote_to_bytes(path.encode("latin-1")), safe="/~")
 
@@ -587,27 +562,16 @@ def canonical_query(raw_query: str) -> str:
 
 
 def canonical_request(
-    method: str,
-    path: str,
-    raw_query: str,
-    headers: Mapping[str, str],
-    signed_headers: str,
-    payload_hash: str,
+    method: str, path: str, raw_query: str, headers: Mapping[str, str],
+    signed_headers: str, payload: str,
 ) -> str:
-    """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization.signed_headers."""
-    lines = [
-        f"{name}:{' '.join(headers.get(name, '').split())}\n" for name in signed_headers.split(";")
-    ]
-    return "\n".join(
-        (
-            method,
-            canonical_uri(path),
-            canonical_query(raw_query) if raw_query else "",
-            "".join(lines),
-            signed_headers,
-            payload_hash,
-        )
-    )
+    """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization; `payload` is what
+    x-amz-content-sha256 says."""
+    names = signed_headers.split(";")
+    lines = [f"{name}:{' '.join(headers.get(name, '').split())}\n" for name in names]
+    query = canonical_query(raw_query) if raw_query else ""
+    pieces = (method, canonical_uri(path), query, "".join(lines), signed_headers, payload)
+    return "\n".join(pieces)
 
 
 def string_to_sign(amz_date: str, scope: str, canonical: str) -> str:
@@ -630,40 +594,27 @@ def signature(key: bytes, text: str) -> str:
 
 
 def sign_headers(
-    method: str,
-    host: str,
-    path: str,
-    raw_query: str,
-    headers: Mapping[str, str],
-    payload_hash: str,
-    credential: tuple[str, str],
-    amz_date: str,
-    region: str = "us-east-1",
+    method: str, path: str, raw_query: str, headers: Mapping[str, str], payload: str,
+    credential: tuple[str, str], amz_date: str, region: str = "us-east-1",
 ) -> dict[str, str]:
-    """The headers of a signed request: `headers` (lower-case names) and what signing adds to them.
-    `path` is percent-encoded, `credential` access key and secret."""
+    """The headers of a signed request: `headers` (lower-case names, with host) and what signing
+    adds. `path` is percent-encoded; `credential` is access key and secret."""
     access, secret = credential
-    signed = {**headers, "host": host, "x-amz-date": amz_date, "x-amz-content-sha256": payload_hash}
+    signed = {**headers, "x-amz-date": amz_date, "x-amz-content-sha256": payload}
     names = ";".join(sorted(signed))
     scope = f"{amz_date[:8]}/{region}/s3/aws4_request"
-    canonical = canonical_request(method, path, raw_query, signed, names, payload_hash)
-    proof = signature(
-        signing_key(secret, amz_date[:8], region), string_to_sign(amz_date, scope, canonical)
-    )
-    signed["authorization"] = (
-        f"{ALGORITHM} Credential={access}/{scope}, SignedHeaders={names}, Signature={proof}"
-    )
-    return signed
+    canonical = canonical_request(method, path, raw_query, signed, names, payload)
+    text = string_to_sign(amz_date, scope, canonical)
+    proof = signature(signing_key(secret, amz_date[:8], region), text)
+    claim = f"{ALGORITHM} Credential={access}/{scope}, SignedHeaders={names}, Signature={proof}"
+    return signed | {"authorization": claim}
 
 
 def authorization_from_header(request: Request) -> Authorization:
     """`Authorization: AWS4-HMAC-SHA256 Credential=..., SignedHeaders=..., Signature=...`"""
     method, _, rest = request.headers["authorization"].partition(" ")
     if method != ALGORITHM:
-        raise S3Error(
-            "InvalidRequest",
-            f"The authorization mechanism is not supported. Please use {ALGORITHM}.",
-        )
+        raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
     fields = dict(piece.strip().partition("=")[::2] for piece in rest.split(","))
     if not {"Credential", "SignedHeaders", "Signature"} <= fields.keys():
         raise S3Error("AuthorizationHeaderMalformed")
@@ -671,9 +622,7 @@ def authorization_from_header(request: Request) -> Authorization:
     if not amz_date:
         seconds = parse_http_date(request.header("date"))
         if seconds is None:
-            raise S3Error(
-                "AccessDenied", "A signed request needs a valid Date or x-amz-date header."
-            )
+            raise S3Error("AccessDenied", "A signed request needs a Date or x-amz-date header.")
         amz_date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
     scope = credential_scope(fields["Credential"], amz_date, "AuthorizationHeaderMalformed")
     return Authorization(*scope, amz_date, fields["SignedHeaders"], fields["Signature"])
@@ -681,29 +630,22 @@ def authorization_from_header(request: Request) -> Authorization:
 
 def authorization_from_query(query: Mapping[str, str]) -> Authorization:
     """A presigned URL. (S3 API reference, "Authenticating Requests: Using Query Parameters")"""
+    code = "AuthorizationQueryParametersError"
     names = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
     values = [query.get(f"X-Amz-{name}", "") for name in names]
     algorithm, credential, amz_date, expires, signed_headers, proof = values
     if not all(values) or algorithm != ALGORITHM:
-        raise S3Error(
-            "AuthorizationQueryParametersError",
-            f"Query-string authentication needs {', '.join(f'X-Amz-{name}' for name in names)}, with {ALGORITHM}.",
-        )
-    if (
-        not expires.isdecimal()
-        or not expires.isascii()
-        or not 1 <= int(expires[:20]) <= MAX_PRESIGNED_SECONDS
-    ):
-        raise S3Error(
-            "AuthorizationQueryParametersError",
-            f"X-Amz-Expires must be between 1 and {MAX_PRESIGNED_SECONDS} seconds.",
-        )
-    scope = credential_scope(credential, amz_date, "AuthorizationQueryParametersError")
-    return Authorization(*scope, amz_date, signed_headers, proof, int(expires))
+        raise S3Error(code, f"A presigned URL needs X-Amz-: {', '.join(names)}; with {ALGORITHM}.")
+    seconds = int(expires) if re.fullmatch(r"\d{1,9}", expires, re.ASCII) else 0
+    if not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
+        raise S3Error(code, f"X-Amz-Expires must be between 1 and {MAX_PRESIGNED_SECONDS} seconds.")
+    scope = credential_scope(credential, amz_date, code)
+    return Authorization(*scope, amz_date, signed_headers, proof, seconds)
 
 
 def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
-    """Access key, date and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; S3Error(code) otherwise."""
+    """Access key, date and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; else
+    S3Error(code)."""
     pieces = text.rsplit("/", 4)
     if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
         raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
@@ -718,86 +660,67 @@ def parse_amz_date(amz_date: str) -> float | None:
     if not re.fullmatch(r"\d{8}T\d{6}Z", amz_date, re.ASCII):
         return None
     try:
-        moment = time.strptime(amz_date, "%Y%m%dT%H%M%SZ")
+        return datetime.strptime(amz_date + "+0000", "%Y%m%dT%H%M%SZ%z").timestamp()
     except ValueError:
         return None
-    return float(calendar_seconds(moment))
-
-
-def calendar_seconds(moment: time.struct_time) -> int:
-    """Seconds since the epoch of a moment in UTC."""
-    import calendar
-
-    return calendar.timegm(moment)
 
 
 def check_date(auth: Authorization, now: float) -> None:
-    """A header's date is within 15 minutes of `now`; a presigned URL has begun and has not expired."""
+    """A header's date is within 15 minutes of `now`; a presigned URL has begun and has not
+    expired."""
     signed = parse_amz_date(auth.amz_date)
     if signed is None:
         raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
     if auth.expires is None:
         if abs(now - signed) > MAX_SKEW_SECONDS:
             raise S3Error(
-                "RequestTimeTooSkewed",
-                RequestTime=auth.amz_date,
-                ServerTime=iso_date(now),
+                "RequestTimeTooSkewed", RequestTime=auth.amz_date, ServerTime=iso_date(now),
                 MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000,
             )
     elif now < signed - MAX_SKEW_SECONDS:
         raise S3Error("AccessDenied", "Request is not valid yet", ServerTime=iso_date(now))
     elif now > signed + auth.expires:
+        expired = iso_date(signed + auth.expires)
         raise S3Error(
-            "AccessDenied",
-            "Request has expired",
-            Expires=iso_date(signed + auth.expires),
-            ServerTime=iso_date(now),
+            "AccessDenied", "Request has expired", Expires=expired, ServerTime=iso_date(now)
         )
 
 
 def check_signed_headers(request: Request, auth: Authorization) -> None:
     """Host and every x-amz-* header must be signed: what is not could have been added by anyone."""
     signed = auth.signed_headers.split(";")
-    unsigned = [
-        name for name in request.headers if name.startswith("x-amz-") and name not in signed
-    ]
+    unsigned = [name for name in request.headers if name[:6] == "x-amz-" and name not in signed]
     if "host" not in signed or unsigned:
-        raise S3Error(
-            "AccessDenied",
-            "There were headers present in the request which were not signed",
-            HeadersNotSigned=", ".join(unsigned or ["host"]),
-        )
+        message = "There were headers present in the request which were not signed"
+        raise S3Error("AccessDenied", message, HeadersNotSigned=", ".join(unsigned or ["host"]))
 
 
 def payload_hash(request: Request, auth: Authorization) -> str:
     """What the client signed as its payload: a SHA-256 in hex or one of the names above."""
-    declared = request.header("x-amz-content-sha256") or request.query.get(
-        "X-Amz-Content-Sha256", ""
-    )
-    if not declared and auth.expires is None:
-        raise S3Error(
-            "MissingSecurityHeader",
-            "Missing required header for this request: x-amz-content-sha256",
-        )
-    return declared or UNSIGNED_PAYLOAD
+    declared = request.header("x-amz-content-sha256")
+    if auth.expires is not None:
+        declared = declared or request.query.get("X-Amz-Content-Sha256", UNSIGNED_PAYLOAD)
+    if not declared:
+        raise S3Error("InvalidRequest", "Missing required header: x-amz-content-sha256")
+    return declared
 
 
 def authenticate(
     request: Request, secrets_by_access: Mapping[str, str], now: float
 ) -> Authorization | None:
-    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds since
-    the epoch. Raises the S3Error of whatever does not hold."""
+    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
+    since the epoch. Raises the S3Error of whatever does not hold."""
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
+    if "AWSAccessKeyId" in request.query and not in_query:
+        raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
     if "authorization" not in request.headers and not in_query:
         return None
     if "authorization" in request.headers and in_query:
-        raise S3Error(
-            "InvalidArgument",
-            "Only one auth mechanism is allowed: the query or the Authorization header.",
-        )
-    auth = (
-        authorization_from_query(request.query) if in_query else authorization_from_header(request)
-    )
+        raise S3Error("InvalidArgument", "Only one auth mechanism allowed: query or Authorization.")
+    if in_query:
+        auth = authorization_from_query(request.query)
+    else:
+        auth = authorization_from_header(request)
     secret = secrets_by_access.get(auth.access)
     if secret is None:
         raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=auth.access)
@@ -810,15 +733,15 @@ def authenticate(
 
 
 def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
-    """SignatureDoesNotMatch, with all that is needed to find out why, unless the signature holds."""
+    """SignatureDoesNotMatch, with all that is needed to find out why, unless the signature
+    holds."""
     payload = payload_hash(request, auth)
     texts = []
-    for host in dict.fromkeys((request.header("host"), request.header("host").partition(":")[0])):
-        # git-annex signs Host without its port.
+    given = request.header("host")
+    for host in dict.fromkeys((given, given.partition(":")[0])):  # git-annex signs no port
         headers = {**request.headers, "host": host}
-        canonical = canonical_request(
-            request.method, request.path, request.raw_query, headers, auth.signed_headers, payload
-        )
+        line = (request.method, request.path, request.raw_query)
+        canonical = canonical_request(*line, headers, auth.signed_headers, payload)
         texts.append((canonical, string_to_sign(auth.amz_date, auth.scope, canonical)))
         if hmac.compare_digest(signature(key, texts[-1][1]).encode(), auth.signature.encode()):
             return
@@ -837,21 +760,30 @@ def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
 # ===== 6 Request bodies and checksums =====
 
 
+class Incoming(Protocol):
+    """Where bytes come from: a connection (section 11) or, in tests, io.BytesIO."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Put at least one byte into `buffer`; 0 at the end."""
+
+    def readline(self, size: int, /) -> bytes:
+        """Up to and with the next LF, at most `size` bytes."""
+
+
 class WireBody(io.RawIOBase):
-    """The bytes that follow a request's head, as HTTP frames them: `length` of them, or chunks where
-    it is None (RFC 9112, 7.1). The first read sends `100 Continue` if the client waits for it."""
+    """The bytes that follow a request's head, as HTTP frames them: `length` of them, or chunks
+    where it is None (RFC 9112, 7.1). The first read sends `100 Continue` if the client waits for
+    it."""
 
     def __init__(
-        self, wire: Any, length: int | None, proceed: Callable[[], None] | None = None
+        self, wire: Incoming, length: int | None, proceed: Callable[[], None] | None = None
     ) -> None:
         self._wire = wire
         self._chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
         self._proceed = proceed
         self.ended = length == 0
-        self.failed = (
-            False  # framing was lost or the client went away: the connection is of no more use
-        )
+        self.failed = False  # framing was lost or the client went away: nothing more can be read
 
     @property
     def waits(self) -> bool:
@@ -927,8 +859,9 @@ class ChunkSigner:
         self._previous = auth.signature
 
     def check(self, kind: str, middle: str, digest: str, given: str) -> None:
-        """`kind` is PAYLOAD or TRAILER; `middle` stands between the two hashes where the kind has it."""
-        text = f"{ALGORITHM}-{kind}\n{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}\n{middle}{digest}"
+        """`kind` is PAYLOAD or TRAILER; `middle` stands before the digest where the kind has it."""
+        claim = f"{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}"
+        text = f"{ALGORITHM}-{kind}\n{claim}\n{middle}{digest}"
         expected = signature(self._key, text)
         if not hmac.compare_digest(expected.encode(), given.encode()):
             raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
@@ -936,8 +869,9 @@ class ChunkSigner:
 
 
 class AwsChunks(io.RawIOBase):
-    """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0 the
-    trailers as `name:value` lines. Each chunk's signature is checked at its end, if there is a signer."""
+    """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0
+    the trailers as `name:value` lines. Each chunk's signature is checked at its end, if there is a
+    signer."""
 
     def __init__(self, source: io.RawIOBase, signer: ChunkSigner | None, trailer: str) -> None:
         self._source = io.BufferedReader(source, SMALL_BYTES)
@@ -986,9 +920,8 @@ class AwsChunks(io.RawIOBase):
 
     def _check_chunk(self) -> None:
         if self._signer is not None:
-            self._signer.check(
-                "PAYLOAD", EMPTY_SHA256 + "\n", self._digest.hexdigest(), self._given
-            )
+            digest = self._digest.hexdigest()
+            self._signer.check("PAYLOAD", EMPTY_SHA256 + "\n", digest, self._given)
             self._digest = hashlib.sha256()
 
     def _read_trailers(self) -> None:
@@ -1002,7 +935,7 @@ class AwsChunks(io.RawIOBase):
                 self.trailers[name.strip().lower()] = value.strip()
         proof = self.trailers.pop("x-amz-trailer-signature", "")
         if self.trailers.keys() - {self._expected} or (self._expected and not self.trailers):
-            raise S3Error("InvalidRequest", "The trailers are not what x-amz-trailer announced.")
+            raise S3Error("MalformedTrailerError")
         if self._signer is not None and self._expected:
             lines = "".join(f"{name}:{value}\n" for name, value in self.trailers.items())
             self._signer.check("TRAILER", "", sha256_hex(lines.encode("latin-1")), proof)
@@ -1102,7 +1035,8 @@ class CrcDigest:
         self._value = 0
 
     def update(self, data: memoryview) -> None:
-        """Take in more bytes, not too many at once: the interpreter is busy with them until the end."""
+        """Take in more bytes, not too many at once: the interpreter is busy with them until the
+        end."""
         for at in range(0, len(data), CRC_PIECE_BYTES):
             self._value = self._function(data[at : at + CRC_PIECE_BYTES], self._value)
 
@@ -1141,25 +1075,26 @@ def checksum_header(algorithm: str) -> str:
     return f"x-amz-checksum-{algorithm.lower()}"
 
 
-def decode_digest(text: str, size: int) -> bytes:
-    """The `size` bytes that base64 `text` stands for; InvalidDigest otherwise."""
+def decode_digest(text: str, size: int, header: str, code: str = "InvalidRequest") -> bytes:
+    """The `size` bytes that base64 `text`, a header's or trailer's, stands for; else S3Error(code)."""
     try:
         value = base64.b64decode(text, validate=True)
     except ValueError:
         value = b""
     if len(value) != size:
-        raise S3Error("InvalidDigest")
+        raise S3Error(code, f"Value for {header} header is invalid.")
     return value
 
 
 class Body:
-    """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid until
-    the next is asked for. The iteration ends only when all that the client declared was verified
-    (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it, `length` is
-    the bytes seen, `md5` their MD5 in hex and `checksums` algorithm -> base64 of what is to be stored."""
+    """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid
+    until the next is asked for. The iteration ends only when all that the client declared was
+    verified (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it,
+    `length` is the bytes seen, `md5` their MD5 in hex and `checksums` algorithm -> base64 of what
+    is to be stored."""
 
     def __init__(
-        self, source: io.RawIOBase | io.BufferedIOBase, size: int | None, limit: int = MAX_PUT_BYTES
+        self, source: io.RawIOBase | io.BytesIO, size: int | None, limit: int = MAX_PUT_BYTES
     ) -> None:
         self.size = size  # as declared; None when the client did not say
         self.length = 0
@@ -1186,7 +1121,17 @@ class Body:
         if name not in self._digests:
             self._digests[name] = hashlib.sha256() if name == "PAYLOAD" else CHECKSUMS[name]()
 
+    def computed(self) -> set[str]:
+        """The checksum algorithms whose values will be in `checksums`."""
+        return CHECKSUMS.keys() & self._digests.keys()
+
+    @property
+    def has_trailer(self) -> bool:
+        """Whether a checksum can come after the data."""
+        return isinstance(self.source, AwsChunks)
+
     def __iter__(self) -> Iterator[memoryview]:
+        """See the class."""
         if self.size is not None and self.size > self._limit:
             raise self._too_large()
         block = memoryview(bytearray(min(BLOCK_BYTES, max(self.size or BLOCK_BYTES, 1))))
@@ -1212,26 +1157,22 @@ class Body:
         return got
 
     def _too_large(self) -> S3Error:
-        return S3Error(
-            "EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=self.size or self.length
-        )
+        proposed = self.size or self.length
+        return S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
 
     def _finish(self) -> None:
         if self.size is not None and self.length != self.size:
             raise S3Error("IncompleteBody")
         if self._trailer:
             trailers = self.source.trailers if isinstance(self.source, AwsChunks) else {}
-            value = trailers.get(checksum_header(self._trailer), "")
-            self._expected[self._trailer] = decode_digest(
-                value, len(self._digests[self._trailer].digest())
-            )
+            name = checksum_header(self._trailer)
+            size = len(self._digests[self._trailer].digest())
+            self._expected[self._trailer] = decode_digest(trailers.get(name, ""), size, name)
         for name, expected in self._expected.items():
             if not hmac.compare_digest(self._digests[name].digest(), expected):
                 if name == "PAYLOAD":
                     raise S3Error("XAmzContentSHA256Mismatch")
-                raise S3Error(
-                    "BadDigest", f"The {name} you specified did not match what we received."
-                )
+                raise S3Error("BadDigest", f"The {name} you specified did not match the body.")
         self.md5 = self._digests["MD5"].digest().hex()
         self.checksums = {
             name: base64.b64encode(digest.digest()).decode()
@@ -1281,19 +1222,16 @@ def parse_algorithm(text: str) -> str:
     """A checksum algorithm's name in upper case, "" for none; InvalidRequest for any other."""
     algorithm = text.upper()
     if algorithm and algorithm not in CHECKSUMS:
-        raise S3Error(
-            "InvalidRequest", f"The checksum algorithm must be one of {', '.join(CHECKSUMS)}."
-        )
+        known = ", ".join(CHECKSUMS)
+        raise S3Error("InvalidRequest", f"The checksum algorithm must be one of {known}.")
     return algorithm
 
 
 def open_body(request: Request, auth: Authorization | None) -> Body:
     """The body of a request as its headers declare it. Nothing is read yet, no digest is missed."""
-    payload = (
-        payload_hash(request, auth)
-        if auth
-        else request.header("x-amz-content-sha256") or UNSIGNED_PAYLOAD
-    )
+    payload = request.header("x-amz-content-sha256") or UNSIGNED_PAYLOAD
+    if auth is not None:
+        payload = payload_hash(request, auth)
     if payload in STREAMING_PAYLOADS:
         body = open_chunked_body(request, payload, auth)
     else:
@@ -1301,45 +1239,37 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
         body = Body(request.wire, length)
         if payload != UNSIGNED_PAYLOAD:
             if not re.fullmatch("[0-9a-f]{64}", payload):
-                raise S3Error(
-                    "InvalidArgument",
-                    "x-amz-content-sha256 must be a SHA-256 in hex, UNSIGNED-PAYLOAD or STREAMING-*.",
-                )
+                known = f"a SHA-256 in hex, {UNSIGNED_PAYLOAD} or {', '.join(STREAMING_PAYLOADS)}"
+                raise S3Error("InvalidArgument", f"x-amz-content-sha256 must be {known}.")
             body.expect("PAYLOAD", bytes.fromhex(payload))
     if "content-md5" in request.headers:
-        body.expect("MD5", decode_digest(request.headers["content-md5"], 16))
+        md5 = decode_digest(request.headers["content-md5"], 16, "Content-MD5", "InvalidDigest")
+        body.expect("MD5", md5)
     return body
 
 
 def expect_checksums(request: Request) -> None:
-    """Have the body checked against the x-amz-checksum-* header or trailer of a PutObject or UploadPart
-    (a Complete carries the one of the whole object there)."""
+    """Have the body checked against the x-amz-checksum-* header or trailer of a PutObject or
+    UploadPart (a Complete carries the one of the whole object there)."""
     values = declared_checksums(request.headers)
     for algorithm, value in values.items():
-        request.body.expect(algorithm, decode_digest(value, len(CHECKSUMS[algorithm]().digest())))
+        size = len(CHECKSUMS[algorithm]().digest())
+        request.body.expect(algorithm, decode_digest(value, size, checksum_header(algorithm)))
     trailer = request.header("x-amz-trailer").strip().lower()
     if trailer:
         algorithm = parse_algorithm(trailer.removeprefix("x-amz-checksum-"))
-        if (
-            values
-            or not isinstance(request.body.source, AwsChunks)
-            or not trailer.startswith("x-amz-checksum-")
-        ):
-            raise S3Error(
-                "InvalidRequest", "x-amz-trailer names one checksum, of a body that ends with it."
-            )
+        if values or checksum_header(algorithm) != trailer or not request.body.has_trailer:
+            raise S3Error("InvalidRequest", "x-amz-trailer names a checksum that ends the body.")
         request.body.expect_trailer(algorithm)
         values = {algorithm: ""}
     announced = parse_algorithm(request.header("x-amz-sdk-checksum-algorithm"))
     if announced and announced not in values:
-        raise S3Error(
-            "InvalidRequest",
-            "x-amz-sdk-checksum-algorithm specified, but no such checksum was found.",
-        )
+        raise S3Error("InvalidRequest", "x-amz-sdk-checksum-algorithm without such a checksum.")
 
 
 def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
-    """A body in aws-chunked encoding, told by x-amz-content-sha256 (minio-go sends no Content-Encoding)."""
+    """A body in aws-chunked encoding, as x-amz-content-sha256 tells: minio-go sends no
+    Content-Encoding."""
     signer = None
     if payload != UNSIGNED_TRAILER:
         if auth is None:
@@ -1370,7 +1300,8 @@ class PartInfo(NamedTuple):
 class ObjectInfo:
     """What is known of an object. `etag` is without quotes; `modified` in seconds since the epoch;
     `headers` are stored headers by lower-case name; `checksums` algorithm -> base64 (base64-N for a
-    composite one); `parts` and `upload_id` are those of the multipart upload it came from, if any."""
+    composite one); `parts` and `upload_id` are those of the multipart upload it came from, if
+    any."""
 
     key: str
     size: int
@@ -1431,7 +1362,8 @@ class Condition(NamedTuple):
     if_none_match: str | None = None
 
     def check(self, current: ObjectInfo | None) -> None:
-        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed, NotImplemented."""
+        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed,
+        NotImplemented."""
         if self.if_none_match is not None:
             if self.if_none_match.strip() != "*":
                 raise S3Error("NotImplemented", "If-None-Match of a write can only be *.")
@@ -1448,8 +1380,9 @@ NO_CONDITION = Condition()
 
 
 class Store(Protocol):
-    """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket UPLOADS
-    is always there and never listed. A method that changes something has done so when it returns."""
+    """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
+    UPLOADS is always there and never listed. A method that changes something has done so when it
+    returns."""
 
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
@@ -1480,27 +1413,24 @@ class Store(Protocol):
     def copy_object(
         self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
     ) -> ObjectInfo:
-        """Store `content`, which open_object gave, under another key, described by `info` but for key and
-        modified. NoSuchBucket, what Condition.check raises."""
+        """Store `content`, which open_object gave, under another key, described by `info` but for
+        key and modified. NoSuchBucket, what Condition.check raises."""
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Deleting what is not there succeeds. NoSuchBucket, what Condition.check raises."""
 
     def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
-        """The objects whose keys begin with `prefix` and are not below `start`, in the order of their
-        UTF-8 bytes, which is that of str, lazily. With a delimiter, any one key may stand for all that
-        share it up to the first delimiter after the prefix. NoSuchBucket."""
+        """The objects whose keys begin with `prefix` and are not below `start`, in the order of
+        their UTF-8 bytes, which is that of str, lazily. With a delimiter, any one key may stand for
+        all that share it up to the first delimiter after the prefix. NoSuchBucket."""
 
     def concatenate(
-        self,
-        bucket: str,
-        key: str,
-        parts: Sequence[ObjectInfo],
-        info: ObjectInfo,
+        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for key and
-        modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket; Condition.check's."""
+        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for
+        key and modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket;
+        Condition.check's."""
 
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
@@ -1513,7 +1443,7 @@ class FileContent(io.FileIO):
     """An open file: whatever replaces it, it stays what it was."""
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
-        """See Content. Ends early if somebody cuts the file short meanwhile."""
+        """Ends early if somebody cuts the file short meanwhile."""
         while length > 0 and (data := os.pread(self.fileno(), min(length, BLOCK_BYTES), start)):
             yield data
             start += len(data)
@@ -1530,8 +1460,9 @@ NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 def spell(key: str) -> str:
     """A key as a path that any file system can hold, in an order that is that of the keys: bytes of
-    0-9 : ; < = > ? @ A-Z [ \\ ] ^ _ ` a-z { | } as they are, those below as +XX, those above as ~XX; cut
-    after every SPELLED_NAME_CHARS into directories, whose names end in "!", which sorts below them all."""
+    0-9 : ; < = > ? @ A-Z [ \\ ] ^ _ ` a-z { | } as they are, those below as +XX, those above as
+    ~XX; cut after every SPELLED_NAME_CHARS into directories, whose names end in "!", which sorts
+    below them all."""
     text = "".join(SPELLED[byte] for byte in key.encode())
     pieces = [text[at : at + SPELLED_NAME_CHARS] for at in range(0, len(text), SPELLED_NAME_CHARS)]
     return "!/".join(pieces)
@@ -1544,8 +1475,9 @@ def unspell(path: str) -> str:
 
 
 class FileLocks:
-    """Locks by name that hold across threads and across the processes that share a folder. They guard
-    the decision what an object is: the check of a condition, the rename, and what goes with it."""
+    """Locks by name that hold across threads and across the processes that share a folder. They
+    guard the decision what an object is: the check of a condition, the rename, and what goes with
+    it."""
 
     def __init__(self, folder: str, kind: str, stripes: int) -> None:
         self._path = f"{folder}/{kind}"
@@ -1574,8 +1506,8 @@ class FileLocks:
 
 
 class DirectoryCache:
-    """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At most
-    MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
+    """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At
+    most MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the two below
@@ -1583,8 +1515,9 @@ class DirectoryCache:
         self._names = 0
 
     def names(self, path: str) -> list[str]:
-        """Regular files by name, directories by name and "/", sorted; [] if it is not there. Sorted so,
-        names stand in the order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
+        """Regular files by name, directories by name and "/", sorted; [] if it is not there. Sorted
+        so, names stand in the order of the keys: "a-b" (0x2d) comes before what is under "a/"
+        (0x2f)."""
         try:
             status = os.stat(path)
             identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
@@ -1614,16 +1547,20 @@ class DirectoryCache:
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: regular files, and directories with a "/"."""
+    """The names in a directory that can be part of a key: regular files, and directories with a
+    "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
             if not name.isascii() and not is_utf8(name):
                 continue  # no key can say it
-            if entry.is_dir():
-                yield name + "/"
-            elif entry.is_file():
-                yield name
+            try:
+                if entry.is_dir():
+                    yield name + "/"
+                elif entry.is_file():
+                    yield name
+            except OSError:
+                continue  # a symbolic link that leads nowhere
 
 
 def is_utf8(name: str) -> bool:
@@ -1637,15 +1574,14 @@ def is_utf8(name: str) -> bool:
 
 def record_holds(record: Any, status: os.stat_result) -> bool:
     """Whether a file is still the one that its record describes."""
-    return bool(record) and (record["mtime"], record["size"]) == (
-        status.st_mtime_ns,
-        status.st_size,
-    )
+    is_that = record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size
+    return bool(is_that)
 
 
 class FileStore:
     """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
-    describes it is set on the file before the rename, so both appear, and are replaced, together."""
+    describes it is set on the file before the rename, so both appear, and are replaced,
+    together."""
 
     XATTR = "user.zs3"
     OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for a writer of a FIFO
@@ -1658,7 +1594,8 @@ class FileStore:
         self._key_locks = FileLocks(f"{self._root}/.locks", "key", LOCK_STRIPES)
         self._bucket_locks = FileLocks(f"{self._root}/.locks", "bucket", 1)
         self._directories = DirectoryCache()
-        self._temp_names = (f"{secrets.token_hex(8)}-{n}" for n in itertools.count())
+        self._temp_prefix = f"{self._root}/.tmp/{secrets.token_hex(8)}"
+        self._temp_count = itertools.count()
 
     def start(self) -> None:
         """Remove what earlier servers left half-written."""
@@ -1676,24 +1613,23 @@ class FileStore:
     # --- Buckets ---
 
     def list_buckets(self) -> list[BucketInfo]:
-        """See Store. A directory of the data folder that has a bucket's name is a bucket."""
+        """A directory of the data folder that has a bucket's name is a bucket."""
         found = []
         for name in self._directories.names(self._root):
             if name.endswith("/") and is_bucket_name(name[:-1]):
                 with contextlib.suppress(S3Error):  # deleted meanwhile
                     found.append(self.stat_bucket(name[:-1]))
-        return found
+        return sorted(found)
 
     def stat_bucket(self, bucket: str) -> BucketInfo:
-        """See Store. A bucket made by hand was created when it was last changed."""
+        """A bucket made by hand was created when it was last changed."""
         self._require_bucket(bucket)
         for path in (self._created_path(bucket), self._bucket_path(bucket)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # made by hand
                 return BucketInfo(bucket, os.stat(path).st_mtime)
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
-        """See Store."""
         with self._bucket_locks.hold(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
@@ -1707,16 +1643,13 @@ class FileStore:
         return True
 
     def delete_bucket(self, bucket: str) -> None:
-        """See Store. Nothing but empty directories is ever removed, so no race can lose an object."""
+        """Nothing but empty directories is ever removed, so no race can lose an object."""
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         with self._bucket_locks.hold(bucket):
             try:
-                for folder in (
-                    self._bucket_path(bucket),
-                    os.path.join(self._root, ".keys", bucket),
-                ):
-                    remove_empty_folders(folder)
+                remove_empty_folders(self._bucket_path(bucket))
+                remove_empty_folders(f"{self._root}/.keys/{bucket}")
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
@@ -1741,7 +1674,8 @@ class FileStore:
         if key[0] == "/" or key[-1] == "/" or "//" in key or "\0" in key:
             return ""
         if len(key) > MAX_FILE_NAME_BYTES // 4:  # a character has at most 4 bytes
-            if any(len(name.encode()) > MAX_FILE_NAME_BYTES for name in key.split("/")):
+            longest = max(len(name.encode()) for name in key.split("/"))
+            if longest > MAX_FILE_NAME_BYTES:
                 return ""
         return f"{self._root}/{bucket}/{key}"
 
@@ -1757,14 +1691,15 @@ class FileStore:
     # --- Descriptions ---
 
     def _side_path(self, bucket: str, key: str, status: os.stat_result) -> str:
-        """The file that describes a file which cannot describe itself. Its name holds the size and mtime it
-        is true for, so that it can be written before the object is renamed into place."""
+        """The file that describes a file which cannot describe itself. Its name holds the size and
+        mtime it is true for, so that it can be written before the object is renamed into place."""
         digest = sha256_hex(key.encode())
-        return f"{self._root}/.meta/{bucket}/{digest[:2]}/{digest}-{status.st_mtime_ns:x}-{status.st_size:x}"
+        name = f"{digest}-{status.st_mtime_ns:x}-{status.st_size:x}"
+        return f"{self._root}/.meta/{bucket}/{digest[:2]}/{name}"
 
     def _write_record(self, file: int, bucket: str, info: ObjectInfo) -> ObjectInfo:
-        """Describe a finished temporary file by an extended attribute or, where the file system has none or
-        no room in it, by a side file. Returns `info` with the file's time."""
+        """Describe a finished temporary file by an extended attribute or, where the file system has
+        none or no room in it, by a side file. Returns `info` with the file's time."""
         os.utime(file)  # a network file system would otherwise set the time when it pleases
         status = os.fstat(file)
         info = replace(info, modified=status.st_mtime_ns / 1e9)
@@ -1785,7 +1720,8 @@ class FileStore:
         return info
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
-        """What _write_record wrote for an open file or a path; {} for one that somebody copied in."""
+        """What _write_record wrote for an open file or a path; {} for one that somebody copied
+        in."""
         try:
             return json.loads(os.getxattr(file, self.XATTR))
         except (AttributeError, OSError):
@@ -1796,8 +1732,9 @@ class FileStore:
                 return {}
 
     def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
-        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited it: its
-        ETag is then made of its size and mtime, with a dash, lest a client take it for an MD5."""
+        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited
+        it: its ETag is then made of its size and mtime, with a dash, lest a client take it for an
+        MD5."""
         modified = status.st_mtime_ns / 1e9
         if record_holds(record, status):
             return ObjectInfo.from_record(key, record | {"modified": modified})
@@ -1805,8 +1742,8 @@ class FileStore:
         return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {}))
 
     def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
-        """The object at a path, if it is one. Two calls by path may meet two files, one replacing the
-        other: where they disagree, look again through one open file."""
+        """The object at a path, if it is one. Two calls by path may meet two files, one replacing
+        the other: where they disagree, look again through one open file."""
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -1832,7 +1769,6 @@ class FileStore:
     # --- Reading ---
 
     def stat_object(self, bucket: str, key: str) -> ObjectInfo:
-        """See Store."""
         info = self._current(bucket, key)
         if info is None:
             self._require_bucket(bucket)
@@ -1847,24 +1783,20 @@ class FileStore:
         return None
 
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
-        """See Store."""
         for path in self._paths(bucket, key):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # try the next
                 file, status = self._open_file(path)
-                content = FileContent(file)
-                return self._describe(
-                    key, status, self._read_record(file, bucket, key, status)
-                ), content
+                record = self._read_record(file, bucket, key, status)
+                return self._describe(key, status, record), FileContent(file)
         self._require_bucket(bucket)
         raise S3Error("NoSuchKey", Key=key)
 
     def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
-        """See Store. A directory is one group of keys when the delimiter is "/": one file in it will do."""
+        """A directory is one group of keys when the delimiter is "/": one file in it will do."""
         self._require_bucket(bucket)
         start = max(start, prefix)
-        spelled = self._walk(
-            f"{self._root}/.keys/{bucket}/", "", spell(prefix), spell(start), False
-        )
+        folder = f"{self._root}/.keys/{bucket}/"
+        spelled = self._walk(folder, "", spell(prefix), spell(start), False)
         special = ((unspell(name), 1, path) for name, _, path in spelled)
         literal = self._walk(self._bucket_path(bucket) + "/", "", prefix, start, delimiter == "/")
         return self._stat_all(bucket, heapq.merge(literal, special))
@@ -1873,7 +1805,7 @@ class FileStore:
         last = None
         for key, _, path in found:
             if key == last or (len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES):
-                continue  # hidden by its literal path, or a file that somebody put too deep for a key
+                continue  # hidden by its literal path; or a file copied in too deep for a key
             info = self._stat(path, bucket, key)
             if info is not None:
                 yield info
@@ -1882,8 +1814,8 @@ class FileStore:
     def _walk(
         self, folder: str, base: str, prefix: str, start: str, grouped: bool
     ) -> Iterator[tuple[str, int, str]]:
-        """(key, 0, path) of the files at or below `folder`, whose keys begin with `base`, as scan wants
-        them. `folder` ends with "/"."""
+        """(key, 0, path) of the files at or below `folder`, whose keys begin with `base`, as scan
+        wants them. `folder` ends with "/"."""
         names = self._directories.names(folder)
         inside = start[len(base) :] if start.startswith(base) else ""
         head, slash, _ = inside.partition("/")
@@ -1917,7 +1849,7 @@ class FileStore:
     def put_object(
         self, bucket: str, key: str, body: Body, headers: dict[str, str], condition: Condition
     ) -> ObjectInfo:
-        """See Store. A condition that fails already is told before the body is read."""
+        """A condition that fails already is told before the body is read."""
         self._require_bucket(bucket)
         if condition != NO_CONDITION:
             condition.check(self._current(bucket, key))
@@ -1931,7 +1863,6 @@ class FileStore:
     def copy_object(
         self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
     ) -> ObjectInfo:
-        """See Store."""
         self._require_bucket(bucket)
         assert isinstance(content, FileContent)
         with self._temporary() as (file, temp):
@@ -1939,14 +1870,10 @@ class FileStore:
             return self._publish(file, temp, bucket, replace(info, key=key), condition)
 
     def concatenate(
-        self,
-        bucket: str,
-        key: str,
-        parts: Sequence[ObjectInfo],
-        info: ObjectInfo,
+        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """See Store. The parts stay until the caller deletes them: a crash on the way loses nothing."""
+        """The parts stay until the caller deletes them: a crash on the way loses nothing."""
         self._require_bucket(bucket)
         if condition != NO_CONDITION:
             condition.check(self._current(bucket, key))
@@ -1963,7 +1890,7 @@ class FileStore:
             return self._publish(file, temp, bucket, replace(info, key=key), condition)
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
-        """See Store. Directories that become empty go too."""
+        """Directories that become empty go too."""
         self._require_bucket(bucket)
         with self._key_locks.hold(f"{bucket}/{key}"):
             current = self._current(bucket, key)
@@ -1971,9 +1898,7 @@ class FileStore:
                 condition.check(current)
             if current is None:
                 return
-            for path in reversed(
-                self._paths(bucket, key)
-            ):  # the literal one, which hides the other, last
+            for path in reversed(self._paths(bucket, key)):  # last the one that hides the other
                 self._remove(path, bucket, key)
 
     def _remove(self, path: str, bucket: str, key: str) -> None:
@@ -1984,7 +1909,7 @@ class FileStore:
                 return  # a directory: other keys begin with this one
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return  # the key's file is at its other path
         self._remove_side(bucket, key, status)
         folder = os.path.dirname(path)
         self._sync_folder(folder)
@@ -1999,18 +1924,19 @@ class FileStore:
     def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
         """Remove the side file of what had this status, if there was one."""
         if os.path.isdir(f"{self._root}/.meta/{bucket}"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # it described itself
                 os.unlink(self._side_path(bucket, key, status))
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[int, str]]:
-        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was renamed."""
-        path = f"{self._root}/.tmp/{next(self._temp_names)}"
+        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was
+        renamed."""
+        path = f"{self._temp_prefix}-{next(self._temp_count)}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield file, path
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # renamed already
                 os.unlink(path)
             raise
         finally:
@@ -2034,17 +1960,16 @@ class FileStore:
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: the one place where objects appear."""
+        """Make a finished temporary file the object `info.key`: the one place where objects
+        appear."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
         with self._key_locks.hold(f"{bucket}/{info.key}"):
             if condition != NO_CONDITION:
                 condition.check(self._current(bucket, info.key))
-            literal, special = (
-                self._literal_path(bucket, info.key),
-                self._special_path(bucket, info.key),
-            )
+            literal = self._literal_path(bucket, info.key)
+            special = self._special_path(bucket, info.key)
             if literal and self._rename(temp, literal, bucket, info.key):
                 self._remove(special, bucket, info.key)
             else:
@@ -2057,7 +1982,7 @@ class FileStore:
         replaced = None
         while True:
             try:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):  # nothing to replace
                     replaced = os.stat(path)
                 os.rename(temp, path)
                 break
@@ -2073,29 +1998,30 @@ class FileStore:
 
     def _make_folders(self, folder: str, bucket: str) -> bool:
         """Make a folder and those above it, below the bucket's. Someone who deletes the last object
-        beside may remove them again, so the caller tries until it succeeds. False: a file is in the way."""
+        beside may remove them again, so the caller tries until it succeeds. False: a file is in the
+        way."""
         self._require_bucket(bucket)
         top = self._bucket_path(bucket)
-        for name in folder[len(top) + 1 :].split("/"):
+        for name in filter(None, folder[len(top) :].split("/")):
             top = f"{top}/{name}"
             try:
                 os.mkdir(top)
                 self._sync_folder(os.path.dirname(top))
             except FileExistsError:
-                continue
+                continue  # if it is a file, the next step or the rename says so
             except NotADirectoryError:
                 return False
             except FileNotFoundError:
-                return True
+                return True  # removed again
         return True
 
     def _rename_special(self, temp: str, path: str, bucket: str, key: str) -> None:
-        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what keeps
-        delete_bucket from removing it meanwhile."""
+        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what
+        keeps delete_bucket from removing it meanwhile."""
         with self._bucket_locks.hold(bucket):
             self._require_bucket(bucket)
             replaced = None
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # nothing to replace
                 replaced = os.stat(path)
             while True:
                 try:
@@ -2124,11 +2050,9 @@ class FileStore:
         horizon = time.time() - TEMP_SECONDS
         for path in files_below(f"{self._root}/.tmp"):
             self._remove_if_old(path, horizon)
-        for bucket in read_names(f"{self._root}/.meta"):
+        for bucket in os.listdir(f"{self._root}/.meta"):
             for path in files_below(f"{self._root}/.meta/{bucket}"):
-                if not path.endswith("/created") and not self._side_in_use(
-                    bucket.rstrip("/"), path
-                ):
+                if not path.endswith("/created") and not self._side_in_use(bucket, path):
                     self._remove_if_old(path, horizon)
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
@@ -2145,7 +2069,7 @@ class FileStore:
         except (FileNotFoundError, ValueError):
             return False  # gone, or torn by a crash before its object appeared
         for candidate in self._paths(bucket, key):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # try the next
                 if self._side_path(bucket, key, os.stat(candidate)) == path:
                     return True
         return False
@@ -2177,8 +2101,8 @@ def remove_files(folder: str) -> None:
 
 
 # ===== 8 Multipart =====
-# An upload is objects of the bucket UPLOADS: BUCKET/ID/00000 is the upload itself, whose headers say
-# what the finished object shall be, and BUCKET/ID/00001 to BUCKET/ID/10000 are its parts.
+# An upload is objects of the bucket UPLOADS: BUCKET/ID/00000 is the upload itself, whose headers
+# say what the finished object shall be, and BUCKET/ID/00001 to BUCKET/ID/10000 are its parts.
 
 COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
 # Checksum algorithm -> the types it can have, its default first. (S3 "Checking object integrity")
@@ -2193,7 +2117,8 @@ CHECKSUM_TYPES = {
 
 class Upload(NamedTuple):
     """A multipart upload in progress. `initiated` is in seconds since the epoch; `algorithm` and
-    `checksum_type` are "" when no checksum was asked for; `headers` are those of the object to be."""
+    `checksum_type` are "" when no checksum was asked for; `headers` are those of the object to
+    be."""
 
     id: str
     bucket: str
@@ -2228,9 +2153,8 @@ def upload_from_info(info: ObjectInfo) -> Upload:
     """The upload that an object of UPLOADS records."""
     bucket, upload_id, _ = info.key.split("/")
     headers = dict(info.headers)
-    key, algorithm, kind = (
-        headers.pop(f"zs3-{name}") for name in ("key", "algorithm", "checksum-type")
-    )
+    key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
+    kind = headers.pop("zs3-checksum-type")
     return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
 
 
@@ -2276,18 +2200,18 @@ def discard_upload(store: Store, upload: Upload) -> None:
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
-    """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since the
-    epoch; also of those whose record is gone. Returns the number of uploads."""
+    """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
+    the epoch; also of those whose record is gone. Returns the number of uploads."""
     by_upload: dict[str, list[ObjectInfo]] = {}
     for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
         by_upload.setdefault(info.key.split("/")[1], []).append(info)
-    stale = [
-        found for found in by_upload.values() if max(info.modified for info in found) < horizon
-    ]
-    for found in stale:
-        for info in reversed(found):
-            store.delete_object(UPLOADS, info.key, NO_CONDITION)
-    return len(stale)
+    count = 0
+    for found in by_upload.values():
+        if max(info.modified for info in found) < horizon:
+            count += 1
+            for info in reversed(found):
+                store.delete_object(UPLOADS, info.key, NO_CONDITION)
+    return count
 
 
 class ListedPart(NamedTuple):
@@ -2317,11 +2241,11 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
 
 def multipart_etag(etags: Iterable[str]) -> str:
     """The MD5 of the parts' MD5s, a dash and their number."""
-    md5s = [
-        bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode()
-        for etag in etags
-    ]
-    return f"{hashlib.md5(b''.join(md5s), usedforsecurity=False).hexdigest()}-{len(md5s)}"
+    digest, count = md5_digest(), 0
+    for etag in etags:
+        digest.update(bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode())
+        count += 1
+    return f"{digest.digest().hex()}-{count}"
 
 
 def match_parts(
@@ -2330,32 +2254,24 @@ def match_parts(
     """The stored parts that the list names. InvalidPart, EntityTooSmall."""
     stored = dict(list_parts(store, upload))
     parts = []
-    for entry in listed:
-        info = stored.get(entry.number)
-        if (
-            info is None
-            or info.etag != entry.etag
-            or entry.checksums.items() - info.checksums.items()
-        ):
-            raise S3Error(
-                "InvalidPart", UploadId=upload.id, PartNumber=entry.number, ETag=entry.etag
-            )
+    for number, etag, checksums in listed:
+        info = stored.get(number)
+        if info is None or info.etag != etag or checksums.items() - info.checksums.items():
+            raise S3Error("InvalidPart", UploadId=upload.id, PartNumber=number, ETag=etag)
         parts.append(info)
-    for entry, info in zip(listed[:-1], parts, strict=False):
+    for (number, etag, _), info in zip(listed[:-1], parts, strict=False):
         if info.size < min_bytes:
             raise S3Error(
-                "EntityTooSmall",
-                PartNumber=entry.number,
-                ETag=info.etag,
-                ProposedSize=info.size,
+                "EntityTooSmall", PartNumber=number, ETag=etag, ProposedSize=info.size,
                 MinSizeAllowed=min_bytes,
             )
     return parts
 
 
 def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, str]:
-    """The checksum of the whole from those of its parts: COMPOSITE is the checksum of their checksums
-    with their number behind it, FULL_OBJECT what the algorithm gives for the bytes of all of them."""
+    """The checksum of the whole from those of its parts: COMPOSITE is the checksum of their
+    checksums with their number behind it, FULL_OBJECT what the algorithm gives for the bytes of all
+    of them."""
     if not upload.algorithm:
         return {}
     values = [base64.b64decode(part.checksums[upload.algorithm]) for part in parts]
@@ -2374,17 +2290,16 @@ def finish_upload(
     store: Store, upload: Upload, parts: Sequence[ObjectInfo], condition: Condition
 ) -> ObjectInfo:
     """Make the object of these parts, then discard the upload."""
+    kept = (PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts)
     described = ObjectInfo(
         key=upload.key,
         size=sum(part.size for part in parts),
         etag=multipart_etag(part.etag for part in parts),
-        modified=0.0,
+        modified=0.0,  # the store says when
         headers=upload.headers,
         checksums=combine_checksums(upload, parts),
         checksum_type=upload.checksum_type,
-        parts=tuple(
-            PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts
-        ),
+        parts=tuple(kept),
         upload_id=upload.id,
     )
     info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
@@ -2395,16 +2310,13 @@ def finish_upload(
 # ===== 9 Operations =====
 # Each is operation(store, request) -> Response, named as in the S3 API reference.
 
-OWNER_ID = (
-    "02d6176db174dc93cb1b899f7c6078f08654445fe8cf1b6ce98d8855f66bdbf4"  # MinIO's, as good as any
-)
-OWNER = element("Owner", element("ID", OWNER_ID), element("DisplayName", "zs3"))
-INITIATOR = element("Initiator", element("ID", OWNER_ID), element("DisplayName", "zs3"))
-DEFAULT_CONTENT_TYPE = "binary/octet-stream"
+OWNER = xml(ID=hashlib.sha256(b"zs3").hexdigest(), DisplayName="zs3")  # of every bucket and object
+DEFAULT_HEADERS = {"content-type": "binary/octet-stream"}
 STORED_HEADERS = (
-    "cache-control", "content-disposition", "content-encoding", "content-language", "content-type", "expires",
-)  # fmt: skip
-# Request headers that ask for what is not here -> the values that ask for nothing, and the error.
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
+    "expires",
+)
+# Request headers that ask for what is not here: the values that ask for nothing, and the error.
 REFUSED_HEADERS: dict[str, tuple[tuple[str, ...], str]] = {
     "x-amz-acl": (("private", "bucket-owner-full-control"), "AccessControlListNotSupported"),
     "x-amz-bucket-object-lock-enabled": (("false",), "NotImplemented"),
@@ -2420,11 +2332,10 @@ REFUSED_PREFIXES = {
 }
 
 
-def xml_response(root: str, *children: object, headers: dict[str, str] | None = None) -> Response:
-    """200 with a document."""
-    return Response(
-        200, {"Content-Type": "application/xml"} | (headers or {}), xml_document(root, *children)
-    )
+def document(root: str, *children: Xml, **fields: object) -> Response:
+    """200 with the document whose root has these fields and then these children."""
+    body = xml_document(root, xml(**fields), *children)
+    return Response(200, {"Content-Type": "application/xml"}, body)
 
 
 def quoted(etag: str) -> str:
@@ -2433,21 +2344,22 @@ def quoted(etag: str) -> str:
 
 
 def refuse_headers(headers: Mapping[str, str]) -> None:
-    """An error for a header that asks for what is not done here: silence would be taken for consent."""
+    """An error for a header that asks for what is not done here: silence would pass for consent."""
     for name, value in headers.items():
-        if name.startswith("x-amz-"):
-            harmless, code = REFUSED_HEADERS.get(name, (None, ""))
-            if harmless is not None and value not in harmless:
-                raise S3Error(code, f"{name}: {value} is not supported here.")
-            for prefix, code in REFUSED_PREFIXES.items():
-                if name.startswith(prefix):
-                    raise S3Error(code, f"{name} is not supported here.")
+        if not name.startswith("x-amz-"):
+            continue
+        harmless, code = REFUSED_HEADERS.get(name, ((value,), ""))
+        if value not in harmless:
+            raise S3Error(code, f"{name}: {value} is not supported here.")
+        for prefix, code in REFUSED_PREFIXES.items():
+            if name.startswith(prefix):
+                raise S3Error(code, f"{name} is not supported here.")
 
 
 def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of a request that belong to its object: x-amz-meta-* and those of STORED_HEADERS,
+    """The headers of a request that its object keeps: x-amz-meta-* and those of STORED_HEADERS,
     without `aws-chunked`, which was the encoding of the request. MetadataTooLarge."""
-    kept = {name: headers[name] for name in STORED_HEADERS if name in headers}
+    kept = DEFAULT_HEADERS | {name: headers[name] for name in STORED_HEADERS if name in headers}
     codings = [coding.strip() for coding in kept.pop("content-encoding", "").split(",")]
     if rest := ", ".join(coding for coding in codings if coding not in ("", "aws-chunked")):
         kept["content-encoding"] = rest
@@ -2464,19 +2376,15 @@ def write_condition(request: Request) -> Condition:
 
 
 def checksum_headers(info: ObjectInfo) -> dict[str, str]:
-    """The x-amz-checksum-* headers of an object."""
-    if not info.checksums:
-        return {}
+    """The x-amz-checksum-* headers of an object; a part has no type."""
     found = {checksum_header(name): value for name, value in info.checksums.items()}
-    return found | {"x-amz-checksum-type": info.checksum_type}
+    return found | ({"x-amz-checksum-type": info.checksum_type} if info.checksum_type else {})
 
 
-def checksum_elements(info: ObjectInfo) -> list[Xml]:
-    """<ChecksumCRC32>...</ChecksumCRC32> and <ChecksumType>, where the object has them."""
-    if not info.checksums:
-        return []
-    found = [element(f"Checksum{name}", value) for name, value in info.checksums.items()]
-    return [*found, element("ChecksumType", info.checksum_type)]
+def checksum_fields(info: ObjectInfo) -> dict[str, object]:
+    """The same as fields of a document."""
+    found: dict[str, object] = {f"Checksum{name}": value for name, value in info.checksums.items()}
+    return found | {"ChecksumType": info.checksum_type or None}
 
 
 # --- Service and buckets ---
@@ -2484,43 +2392,31 @@ def checksum_elements(info: ObjectInfo) -> list[Xml]:
 
 def list_buckets(store: Store, request: Request) -> Response:
     """GET /."""
-    limit = parse_integer(
-        request.query.get("max-buckets", str(MAX_PAGE_BUCKETS)), "max-buckets", 1, MAX_PAGE_BUCKETS
-    )
-    prefix = request.query.get("prefix", "")
-    after = decode_token(request.query.get("continuation-token", ""))
-    found = [
-        info for info in store.list_buckets() if info.name.startswith(prefix) and info.name >= after
-    ]
+    query, region = request.query, request.settings.region
+    asked = query.get("max-buckets", str(MAX_PAGE_BUCKETS))
+    limit = parse_integer(asked, "max-buckets", 1, MAX_PAGE_BUCKETS)
+    prefix, after = query.get("prefix", ""), decode_token(query.get("continuation-token", ""))
+    found = [info for info in store.list_buckets() if info.name.startswith(prefix)]
+    found = [info for info in found if info.name >= after]
     shown = [
-        element(
-            "Bucket",
-            element("Name", info.name),
-            element("CreationDate", iso_date(info.created)),
-            element("BucketRegion", request.settings.region),
-        )
+        xml(Name=info.name, CreationDate=iso_date(info.created), BucketRegion=region)
         for info in found[:limit]
     ]
-    more = (
-        [element("ContinuationToken", encode_token(found[limit].name))]
-        if len(found) > limit
-        else []
-    )
-    return xml_response(
+    return document(
         "ListAllMyBucketsResult",
-        OWNER,
-        element("Buckets", *shown),
-        *more,
-        element("Prefix", prefix) if prefix else Xml(),
+        Owner=OWNER,
+        Buckets=xml(Bucket=shown),
+        ContinuationToken=encode_token(found[limit].name) if len(found) > limit else None,
+        Prefix=prefix or None,
     )
 
 
 def create_bucket(store: Store, request: Request) -> Response:
     """PUT /bucket. Its owner may do so again, as in us-east-1. Any location constraint is taken."""
     refuse_headers(request.headers)
-    document = request.body.read_all()
-    if document.strip():
-        parse_xml(document, "CreateBucketConfiguration")
+    wanted = request.body.read_all()
+    if wanted.strip():
+        parse_xml(wanted, "CreateBucketConfiguration")
     store.create_bucket(request.bucket)
     return Response(200, {"Location": f"/{request.bucket}"})
 
@@ -2528,9 +2424,7 @@ def create_bucket(store: Store, request: Request) -> Response:
 def head_bucket(store: Store, request: Request) -> Response:
     """HEAD /bucket."""
     store.stat_bucket(request.bucket)
-    return Response(
-        200, {"x-amz-bucket-region": request.settings.region, "Content-Type": "application/xml"}
-    )
+    return Response(200, {"x-amz-bucket-region": request.settings.region})
 
 
 def delete_bucket(store: Store, request: Request) -> Response:
@@ -2540,77 +2434,71 @@ def delete_bucket(store: Store, request: Request) -> Response:
     return Response(204)
 
 
-# Sub-resource of a bucket -> what GET answers where nothing is configured: an error code or a document.
-BUCKET_CONFIGURATIONS: dict[str, str | tuple[Any, ...]] = {
-    "accelerate": ("AccelerateConfiguration",),
+# Sub-resource -> what GET answers where nothing is configured: an error code, or root and fields.
+Configuration = str | tuple[str, dict[str, object]]
+BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
+    "accelerate": ("AccelerateConfiguration", {}),
     "cors": "NoSuchCORSConfiguration",
     "encryption": "ServerSideEncryptionConfigurationNotFoundError",
     "lifecycle": "NoSuchLifecycleConfiguration",
-    "location": ("LocationConstraint",),  # empty: us-east-1
-    "logging": ("BucketLoggingStatus",),
-    "notification": ("NotificationConfiguration",),
+    "location": ("LocationConstraint", {}),  # empty: us-east-1
+    "logging": ("BucketLoggingStatus", {}),
+    "notification": ("NotificationConfiguration", {}),
     "object-lock": "ObjectLockConfigurationNotFoundError",
     "ownershipControls": "OwnershipControlsNotFoundError",
     "policy": "NoSuchBucketPolicy",
     "policyStatus": "NoSuchBucketPolicy",
     "publicAccessBlock": "NoSuchPublicAccessBlockConfiguration",
     "replication": "ReplicationConfigurationNotFoundError",
-    "requestPayment": ("RequestPaymentConfiguration", element("Payer", "BucketOwner")),
+    "requestPayment": ("RequestPaymentConfiguration", {"Payer": "BucketOwner"}),
     "tagging": "NoSuchTagSet",
-    "versioning": ("VersioningConfiguration",),
+    "versioning": ("VersioningConfiguration", {}),
     "website": "NoSuchWebsiteConfiguration",
 }
-OBJECT_CONFIGURATIONS: dict[str, str | tuple[Any, ...]] = {
+OBJECT_CONFIGURATIONS: dict[str, Configuration] = {
     "legal-hold": "NoSuchObjectLockConfiguration",
     "retention": "NoSuchObjectLockConfiguration",
-    "tagging": ("Tagging", element("TagSet")),
+    "tagging": ("Tagging", {"TagSet": Xml()}),
 }
+GRANTEE = Xml(
+    '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">'
+    f"{OWNER}</Grantee>"
+)
 
 
-def get_bucket_configuration(store: Store, request: Request) -> Response:
-    """GET /bucket?location and the like: what S3 says of a bucket that has none of it."""
-    store.stat_bucket(request.bucket)
-    return configuration(BUCKET_CONFIGURATIONS, request)
-
-
-def get_object_configuration(store: Store, request: Request) -> Response:
-    """GET /bucket/key?tagging and the like."""
-    store.stat_object(request.bucket, request.key)
-    return configuration(OBJECT_CONFIGURATIONS, request)
-
-
-def configuration(table: Mapping[str, str | tuple[Any, ...]], request: Request) -> Response:
-    """The row of a configuration table that the query names."""
+def get_configuration(store: Store, request: Request) -> Response:
+    """GET ?location, ?tagging and the like: what S3 says of a bucket or object that has none of
+    it."""
+    require(store, request)
+    table = OBJECT_CONFIGURATIONS if request.key else BUCKET_CONFIGURATIONS
     answer = next(answer for name, answer in table.items() if name in request.query)
     if isinstance(answer, str):
         raise S3Error(answer, BucketName=request.bucket)
-    return xml_response(*answer)
+    root, fields = answer
+    return document(root, **fields)
 
 
 def get_acl(store: Store, request: Request) -> Response:
     """GET ?acl of a bucket or an object: its owner may do everything, nobody else anything."""
+    require(store, request)
+    grant = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))
+    return document("AccessControlPolicy", Owner=OWNER, AccessControlList=grant)
+
+
+def require(store: Store, request: Request) -> None:
+    """NoSuchBucket or NoSuchKey unless the bucket or object of the request is there."""
     if request.key:
         store.stat_object(request.bucket, request.key)
     else:
         store.stat_bucket(request.bucket)
-    grantee = OWNER.replace(
-        "<Owner>",
-        '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">',
-    )
-    grant = element(
-        "Grant",
-        Xml(grantee.replace("</Owner>", "</Grantee>")),
-        element("Permission", "FULL_CONTROL"),
-    )
-    return xml_response("AccessControlPolicy", OWNER, element("AccessControlList", grant))
 
 
 # --- Listing ---
 
 
 class Page(NamedTuple):
-    """A page of a listing. `next_start` is where the next one begins, None on the last page; `last` is
-    the last key or common prefix shown."""
+    """A page of a listing. `next_start` is where the next one begins, None on the last page; `last`
+    is the last key or common prefix shown."""
 
     contents: list[ObjectInfo]
     prefixes: list[str]
@@ -2623,9 +2511,7 @@ def successor(prefix: str) -> str | None:
     while prefix:
         code = ord(prefix[-1]) + 1
         if code <= sys.maxunicode:
-            return prefix[:-1] + chr(
-                0xE000 if code == 0xD800 else code
-            )  # surrogates are no characters
+            return prefix[:-1] + chr(0xE000 if code == 0xD800 else code)  # surrogates are no text
         prefix = prefix[:-1]
     return None
 
@@ -2637,7 +2523,8 @@ def common_prefix(key: str, prefix: str, delimiter: str) -> str:
 
 
 def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
-    """Where a listing begins that continues after `marker`, a key or a common prefix; None at the end."""
+    """Where a listing begins that continues after `marker`, a key or a common prefix; None at the
+    end."""
     if marker and marker.startswith(prefix) and common_prefix(marker, prefix, delimiter) == marker:
         return successor(marker)
     return marker + "\0" if marker else ""
@@ -2645,13 +2532,10 @@ def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
 
 def list_page(
     scan: Callable[[str], Iterator[ObjectInfo]],
-    prefix: str,
-    delimiter: str,
-    start: str | None,
-    limit: int,
+    prefix: str, delimiter: str, start: str | None, limit: int,
 ) -> Page:
-    """The first `limit` keys and common prefixes that are not below `start`. `scan` is Store.scan with
-    the start yet to be given. What a common prefix stands for is skipped, not read."""
+    """The first `limit` keys and common prefixes that are not below `start`. `scan` is Store.scan
+    with the start yet to be given. What a common prefix stands for is skipped, not read."""
     contents: list[ObjectInfo] = []
     prefixes: list[str] = []
     last, position = "", start
@@ -2659,8 +2543,7 @@ def list_page(
         for info in scan(position):
             if len(contents) + len(prefixes) == limit:
                 return Page(contents, prefixes, position, last)
-            group = common_prefix(info.key, prefix, delimiter)
-            if group:
+            if group := common_prefix(info.key, prefix, delimiter):
                 prefixes.append(group)
                 last, position = group, successor(group)
                 break
@@ -2672,7 +2555,8 @@ def list_page(
 
 
 def encode_token(start: str) -> str:
-    """A continuation token: a position in the order of keys, made unreadable so that none rely on it."""
+    """A continuation token: a position in the order of keys, made unreadable so that none rely on
+    it."""
     return base64.urlsafe_b64encode(start.encode()).decode()
 
 
@@ -2684,95 +2568,92 @@ def decode_token(token: str) -> str:
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect") from None
 
 
-def listing_encoder(request: Request) -> Callable[[str], str]:
-    """How keys are shown: percent-encoded with encoding-type=url. InvalidArgument for another."""
-    kind = request.query.get("encoding-type", "")
-    if kind not in ("", "url"):
-        raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
-    return (lambda text: quote(text, safe="/")) if kind else str
+class ListQuery:
+    """The parameters that all listings share. `show` is how they show a key: percent-encoded with
+    encoding-type=url. InvalidArgument for what is malformed."""
+
+    def __init__(self, request: Request, limit_name: str) -> None:
+        query = request.query
+        self.prefix, self.delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        self.limit = page_limit(query.get(limit_name, ""), limit_name)
+        encoding = query.get("encoding-type", "")
+        if encoding not in ("", "url"):
+            raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
+        self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
+        self.limit_name = limit_name
+        self.fields: dict[str, object] = {
+            "Prefix": self.show(self.prefix),
+            "Delimiter": self.show(self.delimiter) if self.delimiter else None,
+            "EncodingType": encoding or None,
+        }
+
+    def common_prefixes(self, prefixes: Sequence[str]) -> list[Xml]:
+        """The contents of <CommonPrefixes> elements."""
+        return [xml(Prefix=self.show(prefix)) for prefix in prefixes]
 
 
-def max_items(request: Request, name: str) -> int:
+def page_limit(text: str, name: str) -> int:
     """max-keys and its like: at most MAX_PAGE_ITEMS, whatever is asked for."""
-    asked = parse_integer(request.query.get(name, "") or str(MAX_PAGE_ITEMS), name, 0, 2**31 - 1)
-    return min(asked, MAX_PAGE_ITEMS)
+    return min(parse_integer(text or str(MAX_PAGE_ITEMS), name, 0, 2**31 - 1), MAX_PAGE_ITEMS)
 
 
 def list_objects(store: Store, request: Request) -> Response:
     """GET /bucket: version 1, in which a page continues after a marker."""
-    show = listing_encoder(request)
-    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    query = ListQuery(request, "max-keys")
     marker = request.query.get("marker", "")
-    page = read_page(store, request, start_after(marker, prefix, delimiter))
-    more = [element("NextMarker", show(page.last))] if page.next_start and delimiter else []
-    return listing(request, page, element("Marker", show(marker)), *more)
+    page = read_page(store, request, query, start_after(marker, query.prefix, query.delimiter))
+    following = query.show(page.last) if page.next_start is not None and query.delimiter else None
+    fields = {"Marker": query.show(marker), "NextMarker": following}
+    return listing(request, query, page, fields, OWNER)
 
 
 def list_objects_v2(store: Store, request: Request) -> Response:
     """GET /bucket?list-type=2, in which a page continues at a token."""
     if request.query["list-type"] != "2":
         raise S3Error("InvalidArgument", "list-type can only be 2.")
-    show = listing_encoder(request)
-    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    query = ListQuery(request, "max-keys")
     after, token = request.query.get("start-after", ""), request.query.get("continuation-token")
     if token == "":
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect")
-    start = decode_token(token) if token else start_after(after, prefix, delimiter)
-    page = read_page(store, request, start)
-    more = [element("KeyCount", len(page.contents) + len(page.prefixes))]
-    if after:
-        more.append(element("StartAfter", show(after)))
-    if token:
-        more.append(element("ContinuationToken", token))
-    if page.next_start is not None:
-        more.append(element("NextContinuationToken", encode_token(page.next_start)))
-    return listing(request, page, *more)
+    start = decode_token(token) if token else start_after(after, query.prefix, query.delimiter)
+    page = read_page(store, request, query, start)
+    following = encode_token(page.next_start) if page.next_start is not None else None
+    fields = {
+        "KeyCount": len(page.contents) + len(page.prefixes),
+        "StartAfter": query.show(after) if after else None,
+        "ContinuationToken": token,
+        "NextContinuationToken": following,
+    }
+    owner = OWNER if request.query.get("fetch-owner") == "true" else None
+    return listing(request, query, page, fields, owner)
 
 
-def read_page(store: Store, request: Request, start: str | None) -> Page:
-    """The page that a listing request asks for, from `start`."""
-    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
-    limit = max_items(request, "max-keys")
+def read_page(store: Store, request: Request, query: ListQuery, start: str | None) -> Page:
+    """The page of objects that a request asks for, from `start`."""
     store.stat_bucket(request.bucket)
-    return list_page(
-        lambda position: store.scan(request.bucket, prefix, position, delimiter),
-        prefix,
-        delimiter,
-        start,
-        limit,
-    )
+
+    def scan(position: str) -> Iterator[ObjectInfo]:
+        return store.scan(request.bucket, query.prefix, position, query.delimiter)
+
+    return list_page(scan, query.prefix, query.delimiter, start, query.limit)
 
 
-def listing(request: Request, page: Page, *extra: Xml) -> Response:
-    """The ListBucketResult of either version."""
-    show = listing_encoder(request)
-    query = request.query
-    owner = [OWNER] if "list-type" not in query or query.get("fetch-owner") == "true" else []
+def listing(
+    request: Request, query: ListQuery, page: Page, fields: Mapping[str, object], owner: Xml | None
+) -> Response:
+    """The ListBucketResult of either version. davix wants all else before Contents."""
     contents = [
-        element(
-            "Contents",
-            element("Key", show(info.key)),
-            element("LastModified", iso_date(info.modified)),
-            element("ETag", quoted(info.etag)),
-            *(element("ChecksumAlgorithm", name) for name in info.checksums),
-            *([element("ChecksumType", info.checksum_type)] if info.checksums else []),
-            element("Size", info.size),
-            *owner,
-            element("StorageClass", "STANDARD"),
+        xml(
+            Key=query.show(info.key), LastModified=iso_date(info.modified), ETag=quoted(info.etag),
+            ChecksumAlgorithm=list(info.checksums), ChecksumType=info.checksum_type or None,
+            Size=info.size, Owner=owner, StorageClass="STANDARD",
         )
         for info in page.contents
     ]
-    return xml_response(
-        "ListBucketResult",
-        element("Name", request.bucket),
-        element("Prefix", show(query.get("prefix", ""))),
-        *([element("Delimiter", show(query["delimiter"]))] if query.get("delimiter") else []),
-        *extra,
-        element("MaxKeys", max_items(request, "max-keys")),
-        *([element("EncodingType", "url")] if query.get("encoding-type") else []),
-        element("IsTruncated", page.next_start is not None),
-        *contents,
-        *(element("CommonPrefixes", element("Prefix", show(prefix))) for prefix in page.prefixes),
+    return document(
+        "ListBucketResult", Name=request.bucket, **query.fields, **fields, MaxKeys=query.limit,
+        IsTruncated=page.next_start is not None, Contents=contents,
+        CommonPrefixes=query.common_prefixes(page.prefixes),
     )
 
 
@@ -2782,15 +2663,14 @@ def listing(request: Request, page: Page, *extra: Xml) -> Response:
 def put_object(store: Store, request: Request) -> Response:
     """PUT /bucket/key."""
     check_upload(request)
-    headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
-    info = store.put_object(
-        request.bucket, request.key, request.body, headers, write_condition(request)
-    )
+    headers, condition = stored_headers(request.headers), write_condition(request)
+    info = store.put_object(request.bucket, request.key, request.body, headers, condition)
     return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
 
 
 def check_upload(request: Request) -> None:
-    """What PutObject and UploadPart have in common: a length, checksums, nothing that is not here."""
+    """What PutObject and UploadPart have in common: a length, checksums, nothing that is not
+    here."""
     refuse_headers(request.headers)
     if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
         raise S3Error("MissingContentLength")
@@ -2811,26 +2691,28 @@ def get_object(store: Store, request: Request) -> Response:
 
 def head_object(store: Store, request: Request) -> Response:
     """HEAD /bucket/key: the head that GET would have."""
-    response, _, length = object_response(request, store.stat_object(request.bucket, request.key))
+    info = store.stat_object(request.bucket, request.key)
+    response, _, length = object_response(request, info)
     response.headers["Content-Length"] = str(length)
     return response
 
 
 def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, int]:
-    """The head of an answer to GET or HEAD, and the range of bytes that belongs to it."""
+    """The head of an answer to GET or HEAD, and start and length of the bytes that belong to it."""
     headers = object_headers(request, info)
-    if not_modified(request, info):
+    if not_modified(request.headers, info):
         return Response(304, headers), 0, 0
-    chosen, headers_of_part = chosen_range(request, info)
+    chosen = chosen_range(request, info)
     if chosen is None:
         return Response(200, headers), 0, info.size
     start, length = chosen
     if length:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{info.size}"
-    for name in [name for name in headers if name.startswith("x-amz-checksum-")]:
-        if length != info.size:
-            del headers[name]  # a client would check the range against it
-    return Response(206, headers | headers_of_part), start, length
+    if length != info.size:  # a client would check the range against it
+        headers = {k: v for k, v in headers.items() if not k.startswith("x-amz-checksum-")}
+    if "partNumber" in request.query and info.parts:
+        headers["x-amz-mp-parts-count"] = str(len(info.parts))
+    return Response(206, headers), start, length
 
 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
@@ -2839,75 +2721,57 @@ def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
         "Last-Modified": http_date(int(info.modified)),
         "ETag": quoted(info.etag),
         "Accept-Ranges": "bytes",
-        "content-type": DEFAULT_CONTENT_TYPE,
-    } | info.headers
-    for name in STORED_HEADERS:
-        value = request.query.get(f"response-{name}")
-        if value is not None:
+        **DEFAULT_HEADERS,
+        **info.headers,
+    }
+    for name in STORED_HEADERS if request.query else ():
+        if (value := request.query.get(f"response-{name}")) is not None:
             if request.credential is None:
-                raise S3Error(
-                    "InvalidRequest",
-                    "Request specific response headers cannot be used anonymously.",
-                )
-            headers[name] = uri_encode_header(value)
+                raise S3Error("InvalidRequest", f"response-{name} cannot be used anonymously.")
+            if re.search("[\r\n\0]", value):
+                raise S3Error("InvalidArgument", f"response-{name} cannot hold a line break.")
+            headers[name] = value.encode().decode("latin-1")
     if request.header("x-amz-checksum-mode").upper() == "ENABLED":
         headers |= checksum_headers(info)
     return headers
 
 
-def uri_encode_header(value: str) -> str:
-    """A decoded parameter as a header's value: UTF-8 bytes, and no line break to forge a header with."""
-    if "\r" in value or "\n" in value or "\0" in value:
-        raise S3Error("InvalidArgument", "A header value cannot hold a line break.")
-    return value.encode().decode("latin-1")
-
-
-def not_modified(request: Request, info: ObjectInfo) -> bool:
+def not_modified(headers: Mapping[str, str], info: ObjectInfo) -> bool:
     """Whether the answer is 304; PreconditionFailed for 412. (RFC 9110, 13.2.2)"""
-    headers, modified = request.headers, int(info.modified)
+    modified = int(info.modified)
     if "if-match" in headers:
         if not etag_matches(headers["if-match"], info.etag):
             raise S3Error("PreconditionFailed", Condition="If-Match")
-    elif (
-        since := parse_http_date(request.header("if-unmodified-since"))
-    ) is not None and modified > since:
-        raise S3Error("PreconditionFailed", Condition="If-Unmodified-Since")
+    elif "if-unmodified-since" in headers:
+        since = parse_http_date(headers["if-unmodified-since"])
+        if since is not None and modified > since:
+            raise S3Error("PreconditionFailed", Condition="If-Unmodified-Since")
     if "if-none-match" in headers:
         return etag_matches(headers["if-none-match"], info.etag)
-    since = parse_http_date(request.header("if-modified-since"))
+    since = parse_http_date(headers.get("if-modified-since", ""))
     return since is not None and modified <= since
 
 
-def chosen_range(
-    request: Request, info: ObjectInfo
-) -> tuple[tuple[int, int] | None, dict[str, str]]:
-    """Start and length by Range or partNumber, None for the whole, and the headers that a part adds."""
-    number = request.query.get("partNumber")
+def chosen_range(request: Request, info: ObjectInfo) -> tuple[int, int] | None:
+    """Start and length by Range or partNumber; None for the whole. InvalidRange,
+    InvalidPartNumber."""
+    text, number = request.headers.get("range"), request.query.get("partNumber")
     if number is None:
-        if "range" not in request.headers or not range_applies(request, info):
-            return None, {}
-        return parse_range(request.headers["range"], info.size), {}
-    if "range" in request.headers:
-        raise S3Error(
-            "InvalidRequest", "Cannot specify both Range header and partNumber query parameter"
-        )
-    wanted = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER)
-    if wanted > max(len(info.parts), 1):
-        raise S3Error(
-            "InvalidPartNumber", ActualPartCount=max(len(info.parts), 1), PartNumberRequested=wanted
-        )
+        return parse_range(text, info.size) if text and range_applies(request, info) else None
+    if text is not None:
+        raise S3Error("InvalidRequest", "Cannot specify both Range and partNumber.")
+    wanted, count = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER), max(len(info.parts), 1)
+    if wanted > count:
+        raise S3Error("InvalidPartNumber", ActualPartCount=count, PartNumberRequested=wanted)
     if not info.parts:
-        return (0, info.size), {}
-    start = sum(part.size for part in info.parts[: wanted - 1])
-    return (start, info.parts[wanted - 1].size), {"x-amz-mp-parts-count": str(len(info.parts))}
+        return 0, info.size
+    return sum(part.size for part in info.parts[: wanted - 1]), info.parts[wanted - 1].size
 
 
 def range_applies(request: Request, info: ObjectInfo) -> bool:
     """If-Range: a range of another state of the object is of no use (RFC 9110, 13.1.5)."""
     wanted = request.headers.get("if-range")
-    if wanted is None:
-        return True
-    return wanted in (quoted(info.etag), http_date(int(info.modified)))
+    return wanted in (None, quoted(info.etag), http_date(int(info.modified)))
 
 
 def delete_object(store: Store, request: Request) -> Response:
@@ -2918,97 +2782,72 @@ def delete_object(store: Store, request: Request) -> Response:
 
 def delete_objects(store: Store, request: Request) -> Response:
     """POST /bucket?delete: up to 1,000 keys, each with its own outcome."""
-    if (
-        "content-md5" not in request.headers
-        and not declared_checksums(request.headers)
-        and "x-amz-trailer" not in request.headers
-    ):
-        raise S3Error(
-            "InvalidRequest", "Missing required header for this request: Content-MD5 or a checksum"
-        )
+    headers = request.headers
+    if not (headers.keys() & {"content-md5", "x-amz-trailer"} or declared_checksums(headers)):
+        raise S3Error("InvalidRequest", "Missing required header: Content-MD5 or a checksum")
     expect_checksums(request)
     tree = parse_xml(request.body.read_all(), "Delete")
     wanted = tree.findall("Object")
     if not 1 <= len(wanted) <= MAX_DELETE_KEYS:
         raise S3Error("MalformedXML", f"You must name 1 to {MAX_DELETE_KEYS} objects.")
-    quiet = (tree.findtext("Quiet") or "").strip().lower() == "true"
     store.stat_bucket(request.bucket)
-    results = [delete_one(store, request.bucket, node, quiet) for node in wanted]
-    return xml_response("DeleteResult", *results)
+    results = [delete_one(store, request.bucket, node) for node in wanted]
+    if (tree.findtext("Quiet") or "").strip().lower() == "true":
+        results = [result for result in results if result.startswith("<Error>")]
+    return document("DeleteResult", *results)
 
 
-def delete_one(store: Store, bucket: str, node: Element, quiet: bool) -> Xml:
-    """Delete what an Object element names; <Deleted> ("" when quiet) or <Error>."""
+def delete_one(store: Store, bucket: str, node: Element) -> Xml:
+    """Delete what an Object element names; <Deleted> or <Error>."""
     key = node.findtext("Key") or ""
+    if not key:
+        raise S3Error("MalformedXML", "Each Object needs a Key.")
     try:
         check_key(key)
         if (node.findtext("VersionId") or "null") != "null":
             raise S3Error("NoSuchVersion")
-        etag = node.findtext("ETag")
-        store.delete_object(bucket, key, Condition(if_match=etag) if etag else NO_CONDITION)
+        store.delete_object(bucket, key, Condition(if_match=node.findtext("ETag") or None))
     except S3Error as error:
-        return element(
-            "Error",
-            element("Key", key),
-            element("Code", error.code),
-            element("Message", error.message),
-        )
-    return Xml() if quiet else element("Deleted", element("Key", key))
+        return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
+    return xml(Deleted=xml(Key=key))
 
 
 def get_object_attributes(store: Store, request: Request) -> Response:
     """GET /bucket/key?attributes: those that x-amz-object-attributes names."""
     wanted = {name.strip() for name in request.header("x-amz-object-attributes").split(",")}
-    known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
-    if not wanted <= known:
-        raise S3Error(
-            "InvalidArgument",
-            f"x-amz-object-attributes must name some of {', '.join(sorted(known))}.",
-        )
     info = store.stat_object(request.bucket, request.key)
-    shown = []
-    if "ETag" in wanted:
-        shown.append(element("ETag", info.etag))
-    if "Checksum" in wanted and info.checksums:
-        shown.append(element("Checksum", *checksum_elements(info)))
-    if "ObjectParts" in wanted and info.parts:
-        shown.append(object_parts(request, info))
-    if "StorageClass" in wanted:
-        shown.append(element("StorageClass", "STANDARD"))
-    if "ObjectSize" in wanted:
-        shown.append(element("ObjectSize", info.size))
-    modified = {"Last-Modified": http_date(int(info.modified))}
-    return xml_response("GetObjectAttributesResponse", *shown, headers=modified)
+    parts = object_parts(request, info) if "ObjectParts" in wanted and info.parts else None
+    attributes = {
+        "ETag": info.etag,
+        "Checksum": xml(**checksum_fields(info)) if info.checksums else None,
+        "ObjectParts": parts,
+        "StorageClass": "STANDARD",
+        "ObjectSize": info.size,
+    }
+    if not wanted <= attributes.keys():
+        names = ", ".join(attributes)
+        raise S3Error("InvalidArgument", f"x-amz-object-attributes must name some of {names}.")
+    shown = {name: value for name, value in attributes.items() if name in wanted}
+    response = document("GetObjectAttributesResponse", **shown)
+    response.headers["Last-Modified"] = http_date(int(info.modified))
+    return response
 
 
 def object_parts(request: Request, info: ObjectInfo) -> Xml:
-    """<ObjectParts>. As in S3, the parts themselves only where they have checksums."""
-    most = min(
-        parse_integer(request.header("x-amz-max-parts") or "1000", "x-amz-max-parts", 0, 2**31 - 1),
-        MAX_PAGE_ITEMS,
-    )
-    after = parse_integer(
-        request.header("x-amz-part-number-marker") or "0", "x-amz-part-number-marker", 0, 2**31 - 1
-    )
+    """What <ObjectParts> holds. As in S3, the parts themselves only where they have checksums."""
+    limit = page_limit(request.header("x-amz-max-parts"), "x-amz-max-parts")
+    marker = request.header("x-amz-part-number-marker") or "0"
+    after = parse_integer(marker, "x-amz-part-number-marker", 0, 2**31 - 1)
     algorithm = next(iter(info.checksums), "")
     shown = [
-        element(
-            "Part",
-            element("PartNumber", number),
-            element("Size", part.size),
-            element(f"Checksum{algorithm}", part.checksum),
-        )
+        xml(PartNumber=number, Size=part.size, **{f"Checksum{algorithm}": part.checksum})
         for number, part in enumerate(info.parts, 1)
-        if part.checksum and after < number <= after + most
+        if part.checksum and after < number <= after + limit
     ]
-    return element(
-        "ObjectParts",
-        element("TotalPartsCount", len(info.parts)),
-        element("PartNumberMarker", after),
-        element("NextPartNumberMarker", min(after + most, len(info.parts))),
-        element("MaxParts", most),
-        element("IsTruncated", after + most < len(info.parts)),
-        *shown,
+    return xml(
+        TotalPartsCount=len(info.parts), PartNumberMarker=after,
+        NextPartNumberMarker=min(after + limit, len(info.parts)), MaxParts=limit,
+        IsTruncated=after + limit < len(info.parts), Part=shown,
     )
 
 
@@ -3022,33 +2861,20 @@ def copy_source(request: Request) -> tuple[str, str]:
         raise S3Error("NoSuchVersion")
     bucket, _, key = uri_decode(raw.replace("+", "%20")).removeprefix("/").partition("/")
     if not is_bucket_name(bucket) or not key:
-        raise S3Error(
-            "InvalidArgument",
-            "x-amz-copy-source must be BUCKET/KEY.",
-            ArgumentName="x-amz-copy-source",
-        )
+        raise S3Error("InvalidArgument", "x-amz-copy-source must be BUCKET/KEY.")
     check_key(key)
     return bucket, key
 
 
-def check_copy_conditions(request: Request, info: ObjectInfo) -> None:
-    """x-amz-copy-source-if-*: PreconditionFailed unless the source is as they say."""
-    prefix = "x-amz-copy-source-"
-    conditions = {
-        name[len(prefix) :]: value
-        for name, value in request.headers.items()
-        if name.startswith(prefix + "if-")
-    }
-    probe = replace(request, headers=conditions)
-    if not_modified(probe, info):
-        raise S3Error("PreconditionFailed", Condition="x-amz-copy-source-if-none-match")
-
-
 def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Content]:
-    """The source of a copy, whose conditions hold for just what was opened."""
+    """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for just what was
+    opened."""
+    prefix = "x-amz-copy-source-"
+    headers = {k[len(prefix) :]: v for k, v in request.headers.items() if k.startswith(prefix)}
     info, content = store.open_object(*copy_source(request))
     try:
-        check_copy_conditions(request, info)
+        if not_modified(headers, info):
+            raise S3Error("PreconditionFailed", Condition="x-amz-copy-source-if-none-match")
     except S3Error:
         content.close()
         raise
@@ -3061,27 +2887,23 @@ def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
     if directive not in ("COPY", "REPLACE"):
         raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
     if directive == "REPLACE":
-        headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
-        return replace(info, headers=headers)
+        return replace(info, headers=stored_headers(request.headers))
     if copy_source(request) == (request.bucket, request.key):
-        raise S3Error(
-            "InvalidRequest",
-            "This copy request is illegal: an object copied to itself must change its metadata.",
-        )
+        raise S3Error("InvalidRequest", "A copy of an object to itself must change its metadata.")
     return info
 
 
 def copy_object(store: Store, request: Request) -> Response:
-    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum the source has not."""
+    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum the source has
+    not."""
     refuse_headers(request.headers)
     algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
     request.body.read_all(0)
     source, content = open_copy_source(store, request)
     with contextlib.closing(content):
-        wanted = copied_info(request, source)
-        condition = write_condition(request)
+        wanted, condition = copied_info(request, source), write_condition(request)
         if algorithm and algorithm not in source.checksums:
-            body = Body(ContentReader(content, 0, source.size), source.size, sys.maxsize)
+            body = Body(ContentReader(content, 0, source.size), source.size, source.size)
             body.compute(algorithm)
             info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
         else:
@@ -3091,12 +2913,8 @@ def copy_object(store: Store, request: Request) -> Response:
 
 def copy_result(root: str, info: ObjectInfo) -> Response:
     """CopyObjectResult or CopyPartResult."""
-    return xml_response(
-        root,
-        element("LastModified", iso_date(info.modified)),
-        element("ETag", quoted(info.etag)),
-        *checksum_elements(info),
-    )
+    modified = iso_date(info.modified)
+    return document(root, LastModified=modified, ETag=quoted(info.etag), **checksum_fields(info))
 
 
 # --- Multipart uploads ---
@@ -3111,30 +2929,16 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     kinds = CHECKSUM_TYPES.get(algorithm, ("",))
     kind = request.header("x-amz-checksum-type").upper() or kinds[0]
     if kind not in kinds:
-        raise S3Error(
-            "InvalidRequest",
-            f"The checksum type {kind} does not go with {algorithm or 'no algorithm'}.",
-        )
-    headers = {"content-type": DEFAULT_CONTENT_TYPE} | stored_headers(request.headers)
+        raise S3Error("InvalidRequest", f"The type {kind} does not go with {algorithm or 'none'}.")
+    headers = stored_headers(request.headers)
     upload = Upload(new_upload_id(), request.bucket, request.key, 0.0, algorithm, kind, headers)
     start_upload(store, upload)
-    chosen = (
-        {"x-amz-checksum-algorithm": algorithm, "x-amz-checksum-type": kind} if algorithm else {}
-    )
-    return xml_response(
-        "InitiateMultipartUploadResult",
-        element("Bucket", request.bucket),
-        element("Key", request.key),
-        element("UploadId", upload.id),
-        headers=chosen,
-    )
-
-
-def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
-    """The upload that a request names, and the key in UPLOADS of the part."""
-    number = parse_integer(request.query.get("partNumber", ""), "partNumber", 1, MAX_PART_NUMBER)
-    upload = requested_upload(store, request)
-    return upload, upload.part_key(number)
+    names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload.id}
+    response = document("InitiateMultipartUploadResult", **names)
+    if algorithm:
+        response.headers["x-amz-checksum-algorithm"] = algorithm
+        response.headers["x-amz-checksum-type"] = kind
+    return response
 
 
 def requested_upload(store: Store, request: Request) -> Upload:
@@ -3142,25 +2946,26 @@ def requested_upload(store: Store, request: Request) -> Upload:
     return find_upload(store, request.bucket, request.key, request.query["uploadId"])
 
 
+def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
+    """The upload that a request names, and the key in UPLOADS of the part."""
+    number = parse_integer(request.query["partNumber"], "partNumber", 1, MAX_PART_NUMBER)
+    upload = requested_upload(store, request)
+    return upload, upload.part_key(number)
+
+
 def upload_part(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId."""
     check_upload(request)
     upload, key = requested_part(store, request)
-    given = {*declared_checksums(request.headers), request.header("x-amz-trailer").upper()[15:]} - {
-        ""
-    }
+    given = request.body.computed() - {upload.algorithm}
+    if upload.algorithm and given:
+        expected = f"expected checksum Type: {upload.algorithm}, actual: {', '.join(given)}"
+        raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
     if upload.algorithm:
-        if given - {upload.algorithm}:
-            raise S3Error(
-                "InvalidRequest",
-                f"Checksum Type mismatch occurred, expected checksum Type: {upload.algorithm}.",
-            )
         request.body.compute(upload.algorithm)
     info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
-    return Response(
-        200,
-        {"ETag": quoted(info.etag)} | {checksum_header(n): v for n, v in info.checksums.items()},
-    )
+    info = replace(info, checksum_type="")  # that is for whole objects
+    return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
 
 
 def upload_part_copy(store: Store, request: Request) -> Response:
@@ -3184,52 +2989,38 @@ def copied_range(request: Request, source: ObjectInfo) -> tuple[int, int]:
         return 0, source.size
     found = re.fullmatch(r"bytes=(\d{1,15})-(\d{1,15})", text, re.ASCII)
     if found is None or not int(found[1]) <= int(found[2]) < source.size:
-        raise S3Error(
-            "InvalidArgument",
-            f"The x-amz-copy-source-range value must be bytes=first-last within {source.size} bytes.",
-        )
+        what = f"bytes=first-last within {source.size} bytes"
+        raise S3Error("InvalidArgument", f"The x-amz-copy-source-range value must be {what}.")
     return int(found[1]), int(found[2]) - int(found[1]) + 1
+
+
+def upload_fields(upload: Upload) -> dict[str, object]:
+    """What listings of uploads and of parts say of an upload."""
+    return {
+        "UploadId": upload.id, "Initiator": OWNER, "Owner": OWNER, "StorageClass": "STANDARD",
+        "ChecksumAlgorithm": upload.algorithm or None, "ChecksumType": upload.checksum_type or None,
+    }
 
 
 def list_parts_page(store: Store, request: Request) -> Response:
     """GET /bucket/key?uploadId."""
     upload = requested_upload(store, request)
-    limit = max_items(request, "max-parts")
-    after = parse_integer(
-        request.query.get("part-number-marker", "") or "0", "part-number-marker", 0, 2**31 - 1
-    )
-    found = list(
-        itertools.islice(list_parts(store, upload, min(after, MAX_PART_NUMBER)), limit + 1)
-    )
+    query = ListQuery(request, "max-parts")
+    marker = request.query.get("part-number-marker", "") or "0"
+    after = parse_integer(marker, "part-number-marker", 0, 2**31 - 1)
+    parts = list_parts(store, upload, min(after, MAX_PART_NUMBER))
+    found = list(itertools.islice(parts, query.limit + 1))
     shown = [
-        element(
-            "Part",
-            element("PartNumber", number),
-            element("LastModified", iso_date(info.modified)),
-            element("ETag", quoted(info.etag)),
-            element("Size", info.size),
-            *(element(f"Checksum{name}", value) for name, value in info.checksums.items()),
-        )
-        for number, info in found[:limit]
+        xml(PartNumber=number, LastModified=iso_date(info.modified), ETag=quoted(info.etag),
+            Size=info.size, **checksum_fields(replace(info, checksum_type="")))
+        for number, info in found[: query.limit]
     ]
-    chosen = [
-        element("ChecksumAlgorithm", upload.algorithm),
-        element("ChecksumType", upload.checksum_type),
-    ]
-    return xml_response(
-        "ListPartsResult",
-        element("Bucket", request.bucket),
-        element("Key", request.key),
-        element("UploadId", upload.id),
-        INITIATOR,
-        OWNER,
-        element("StorageClass", "STANDARD"),
-        element("PartNumberMarker", after),
-        element("NextPartNumberMarker", found[:limit][-1][0] if shown else after),
-        element("MaxParts", limit),
-        element("IsTruncated", len(found) > limit and limit > 0),
-        *(chosen if upload.algorithm else []),
-        *shown,
+    return document(
+        "ListPartsResult", Bucket=request.bucket, Key=query.show(request.key),
+        **upload_fields(upload), PartNumberMarker=after,
+        NextPartNumberMarker=found[len(shown) - 1][0] if shown else after,
+        MaxParts=query.limit, EncodingType=query.fields["EncodingType"],
+        IsTruncated=len(found) > query.limit > 0, Part=shown,
     )
 
 
@@ -3245,55 +3036,40 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
         if error.code not in ("NoSuchUpload", "InvalidPart"):
             raise
         info = already_completed(store, request, listed, error)
-    return xml_response(
-        "CompleteMultipartUploadResult",
-        element(
-            "Location",
-            f"http://{request.header('host')}/{request.bucket}/{uri_encode(request.key, '/')}",
-        ),
-        element("Bucket", request.bucket),
-        element("Key", request.key),
-        element("ETag", quoted(info.etag)),
-        *checksum_elements(info),
+    path = f"{request.bucket}/{uri_encode(request.key, '/')}"
+    return document(
+        "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}/{path}",
+        Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
     )
 
 
 def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectInfo]) -> None:
     """x-amz-mp-object-size and the x-amz-checksum-* of the whole object, where they are given."""
     size = sum(part.size for part in parts)
-    declared = request.headers.get("x-amz-mp-object-size")
-    if declared is not None and parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
-        raise S3Error(
-            "InvalidRequest", f"The parts have {size} bytes together, not x-amz-mp-object-size."
-        )
+    declared = request.headers.get("x-amz-mp-object-size", str(size))
+    if parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
+        raise S3Error("InvalidRequest", f"The parts have {size} bytes, not x-amz-mp-object-size.")
     kind = request.header("x-amz-checksum-type").upper()
     if kind and kind != upload.checksum_type:
-        raise S3Error(
-            "InvalidRequest",
-            f"The upload was created with the checksum type {upload.checksum_type or 'null'}.",
-        )
+        created = upload.checksum_type or "null"
+        raise S3Error("InvalidRequest", f"The upload was created with the checksum type {created}.")
     whole = combine_checksums(upload, parts)
-    for algorithm, value in declared_checksums(request.headers).items():
-        if (
-            algorithm != upload.algorithm
-            or value.partition("-")[0] != whole[algorithm].partition("-")[0]
-        ):
-            raise S3Error(
-                "BadDigest", f"The {algorithm} you specified did not match what we received."
-            )
+    for name, value in declared_checksums(request.headers).items():
+        if name != upload.algorithm or value.partition("-")[0] != whole[name].partition("-")[0]:
+            raise S3Error("BadDigest", f"The {name} you specified did not match what we received.")
 
 
 def already_completed(
     store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
 ) -> ObjectInfo:
-    """The object that an earlier Complete of the same upload with the same list made; else `error`."""
+    """The object that an earlier Complete of the same upload with the same list made; else
+    `error`."""
     try:
         info = store.stat_object(request.bucket, request.key)
     except S3Error:
         raise error from None
-    if info.upload_id != request.query["uploadId"] or info.etag != multipart_etag(
-        part.etag for part in listed
-    ):
+    etag = multipart_etag(part.etag for part in listed)
+    if (info.upload_id, info.etag) != (request.query["uploadId"], etag):
         raise error
     return info
 
@@ -3306,76 +3082,46 @@ def abort_multipart_upload(store: Store, request: Request) -> Response:
 
 def list_multipart_uploads(store: Store, request: Request) -> Response:
     """GET /bucket?uploads."""
-    query, show = request.query, listing_encoder(request)
-    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-    key_marker, id_marker = query.get("key-marker", ""), query.get("upload-id-marker", "")
-    limit = max_items(request, "max-uploads")
+    query = ListQuery(request, "max-uploads")
+    key_marker = request.query.get("key-marker", "")
+    id_marker = request.query.get("upload-id-marker", "")
     store.stat_bucket(request.bucket)
     marker = (key_marker, id_marker or "g") if key_marker else ("", "")  # "g" is above every id
-    page = uploads_page(list_uploads(store, request.bucket), prefix, delimiter, marker, limit)
-    shown, groups, following = page
-    next_markers = [
-        element("NextKeyMarker", show(following[0])),
-        element("NextUploadIdMarker", following[1]),
+    shown, prefixes, following = uploads_page(list_uploads(store, request.bucket), query, marker)
+    uploads = [
+        xml(Key=query.show(each.key), Initiated=iso_date(each.initiated), **upload_fields(each))
+        for each in shown
     ]
-    return xml_response(
-        "ListMultipartUploadsResult",
-        element("Bucket", request.bucket),
-        element("KeyMarker", show(key_marker)),
-        element("UploadIdMarker", id_marker),
-        *(next_markers if following[0] else []),
-        element("Prefix", show(prefix)),
-        *([element("Delimiter", show(delimiter))] if delimiter else []),
-        element("MaxUploads", limit),
-        *([element("EncodingType", "url")] if query.get("encoding-type") else []),
-        element("IsTruncated", bool(following[0])),
-        *(upload_element(upload, show) for upload in shown),
-        *(element("CommonPrefixes", element("Prefix", show(group))) for group in groups),
+    return document(
+        "ListMultipartUploadsResult", Bucket=request.bucket, KeyMarker=query.show(key_marker),
+        UploadIdMarker=id_marker, NextKeyMarker=query.show(following[0]) if following else None,
+        NextUploadIdMarker=following[1] if following else None, **query.fields,
+        MaxUploads=query.limit, IsTruncated=following is not None, Upload=uploads,
+        CommonPrefixes=query.common_prefixes(prefixes),
     )
 
 
 def uploads_page(
-    uploads: Iterable[Upload], prefix: str, delimiter: str, marker: tuple[str, str], limit: int
-) -> tuple[list[Upload], list[str], tuple[str, str]]:
-    """Uploads and common prefixes above `marker`, a key or common prefix and an upload id, `limit`
-    together at most; and the marker of the next page, ("", "") on the last. `uploads` are in order."""
+    uploads: Iterable[Upload], query: ListQuery, marker: tuple[str, str]
+) -> tuple[list[Upload], list[str], tuple[str, str] | None]:
+    """Uploads and common prefixes above `marker`, a key or common prefix and an upload id, and the
+    marker of the next page, None on the last. `uploads` are in order."""
     shown: list[Upload] = []
-    groups: list[str] = []
-    last = ("", "")
+    prefixes: list[str] = []
+    last = marker
     for upload in uploads:
-        group = common_prefix(upload.key, prefix, delimiter)
+        group = common_prefix(upload.key, query.prefix, query.delimiter)
         place = (group or upload.key, "" if group else upload.id)
-        if not upload.key.startswith(prefix) or place <= marker or group in groups[-1:]:
+        if not upload.key.startswith(query.prefix) or place <= marker or group in prefixes[-1:]:
             continue
-        if len(shown) + len(groups) >= limit:
-            return shown, groups, last
+        if len(shown) + len(prefixes) >= query.limit:
+            return shown, prefixes, last if query.limit else None
         last = place
         if group:
-            groups.append(group)
+            prefixes.append(group)
         else:
             shown.append(upload)
-    return shown, groups, ("", "")
-
-
-def upload_element(upload: Upload, show: Callable[[str], str]) -> Xml:
-    """<Upload>."""
-    return element(
-        "Upload",
-        element("Key", show(upload.key)),
-        element("UploadId", upload.id),
-        INITIATOR,
-        OWNER,
-        element("StorageClass", "STANDARD"),
-        element("Initiated", iso_date(upload.initiated)),
-        *(
-            [
-                element("ChecksumAlgorithm", upload.algorithm),
-                element("ChecksumType", upload.checksum_type),
-            ]
-            if upload.algorithm
-            else []
-        ),
-    )
+    return shown, prefixes, None
 
 
 # ===== 10 Routes =====
@@ -3388,8 +3134,8 @@ Operation = Callable[[Store, Request], Response]
 
 
 class Route(NamedTuple):
-    """One row: a request with this method, this kind of resource, exactly these sub-resources in its
-    query, and this header if one is named, is this operation and needs this permission."""
+    """One row: a request with this method, this kind of resource, exactly these sub-resources in
+    its query, and this header if one is named, is this operation and needs this permission."""
 
     method: str
     resource: str
@@ -3409,11 +3155,11 @@ ROUTES = (
     Route("GET", BUCKET, (), list_objects, READ),
     Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
     Route("GET", BUCKET, ("acl",), get_acl, READ),
-    *(Route("GET", BUCKET, (name,), get_bucket_configuration, READ) for name in BUCKET_CONFIGURATIONS),
+    *(Route("GET", BUCKET, (name,), get_configuration, READ) for name in BUCKET_CONFIGURATIONS),
     Route("POST", BUCKET, ("delete",), delete_objects, WRITE),
     Route("GET", OBJECT, ("attributes",), get_object_attributes, READ),
     Route("GET", OBJECT, ("acl",), get_acl, READ),
-    *(Route("GET", OBJECT, (name,), get_object_configuration, READ) for name in OBJECT_CONFIGURATIONS),
+    *(Route("GET", OBJECT, (name,), get_configuration, READ) for name in OBJECT_CONFIGURATIONS),
     Route("GET", OBJECT, ("uploadId",), list_parts_page, READ),
     Route("GET", OBJECT, ("partNumber",), get_object, READ),
     Route("GET", OBJECT, (), get_object, READ),
@@ -3430,16 +3176,16 @@ ROUTES = (
 )  # fmt: skip
 METHODS = {route.method for route in ROUTES} | {"OPTIONS"}
 
-# Query parameters that say how an operation is done; any other name that has no value is a sub-resource.
-PARAMETERS = {
-    "prefix", "delimiter", "marker", "max-keys", "encoding-type", "start-after", "continuation-token",
-    "fetch-owner", "key-marker", "upload-id-marker", "max-uploads", "max-parts", "part-number-marker",
-    "max-buckets", "bucket-region", "x-id", "versionId", *(f"response-{name}" for name in STORED_HEADERS),
+# Query parameters that say how an operation is done; any other without a value is a sub-resource.
+PARAMETERS = {f"response-{name}" for name in STORED_HEADERS} | {
+    "prefix", "delimiter", "marker", "max-keys", "encoding-type", "start-after", "x-id",
+    "continuation-token", "fetch-owner", "key-marker", "upload-id-marker", "max-uploads",
+    "max-parts", "part-number-marker", "max-buckets", "bucket-region", "versionId",
 }  # fmt: skip
 # Sub-resources that may have a value.
 SUBRESOURCES = {name for route in ROUTES for name in route.subresources} | {
-    "analytics", "intelligent-tiering", "inventory", "metrics", "restore", "select", "session", "torrent",
-    "versions",
+    "analytics", "intelligent-tiering", "inventory", "metrics", "restore", "select", "session",
+    "torrent", "versions",
 }  # fmt: skip
 
 
@@ -3450,7 +3196,7 @@ def find_route(request: Request) -> Route:
         name
         for name, value in request.query.items()
         if name in SUBRESOURCES
-        or (not value and name not in PARAMETERS and not name.startswith("X-Amz-"))
+        or not (value or name in PARAMETERS or name.startswith("X-Amz-"))
     }
     if request.query.get("versionId", "null") not in ("", "null"):
         raise S3Error("NoSuchVersion")
@@ -3463,9 +3209,8 @@ def find_route(request: Request) -> Route:
         ):
             return route
     if request.method in METHODS and asked:
-        raise S3Error(
-            "NotImplemented", f"{request.method} of ?{'&'.join(sorted(asked))} is not implemented."
-        )
+        names = "&".join(sorted(asked))
+        raise S3Error("NotImplemented", f"{request.method} of ?{names} is not implemented.")
     raise S3Error("MethodNotAllowed", Method=request.method)
 
 
@@ -3484,12 +3229,10 @@ class Service:
 
     HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
 
-    def __init__(
-        self, store: Store, settings: Settings, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
-        self._clock = clock
+        self.ready = False  # for health checks: what was to be done at the start is done
         self._secrets = {access: each.secret for access, each in settings.credentials.items()}
 
     def respond(self, request: Request) -> Response:
@@ -3511,16 +3254,14 @@ class Service:
         request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
         if request.method == "OPTIONS":
             return preflight(request)
-        if (
-            request.path in self.HEALTH_PATHS
-            and request.method in ("GET", "HEAD")
-            and not request.query
-        ):
+        if request.path in self.HEALTH_PATHS and request.method in ("GET", "HEAD"):
+            if not self.ready:
+                raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
         if request.path.startswith("/_zs3/"):
             request.body = open_body(request, None)
             return self.store.internal(request)
-        auth = authenticate(request, self._secrets, self._clock())
+        auth = authenticate(request, self._secrets, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
         request.bucket, request.key = address(request)
         route = find_route(request)
@@ -3535,17 +3276,10 @@ class Service:
 
 def error_response(request: Request, error: S3Error) -> Response:
     """The XML of an error. (S3 API reference, "REST error responses")"""
-    details = [element(name, value) for name, value in error.details.items()]
-    document = xml_document(
-        "Error",
-        element("Code", error.code),
-        element("Message", error.message),
-        *details,
-        element("Resource", request.path),
-        element("RequestId", request.id),
-        namespace=False,
-    )
-    return Response(error.status, {"Content-Type": "application/xml"} | error.headers, document)
+    fields = {"Code": error.code, "Message": error.message, **error.details}
+    told = xml(**fields, Resource=request.path, RequestId=request.id, HostId=HOST_ID)
+    headers = {"Content-Type": "application/xml"} | error.headers
+    return Response(error.status, headers, xml_document("Error", told, namespace=""))
 
 
 def cors_headers(request: Request) -> dict[str, str]:
@@ -3561,7 +3295,8 @@ def cors_headers(request: Request) -> dict[str, str]:
 
 
 def preflight(request: Request) -> Response:
-    """OPTIONS: a browser asks, unsigned, whether a page may send a request. AccessForbidden if not."""
+    """OPTIONS: a browser asks, unsigned, whether a page may send a request. AccessForbidden if
+    not."""
     if not cors_headers(request) or "access-control-request-method" not in request.headers:
         raise S3Error("AccessForbidden")
     return Response(
@@ -3626,19 +3361,6 @@ class Wire:
         return line
 
 
-class RequestIds:
-    """Ids that are unique among the requests of all servers."""
-
-    def __init__(self) -> None:
-        self._base = secrets.randbits(64)
-        self._count = itertools.count()
-        self.host_id = base64.b64encode(secrets.token_bytes(24)).decode()  # x-amz-id-2
-
-    def next(self) -> str:
-        """16 hex digits, as in x-amz-request-id."""
-        return f"{(self._base + next(self._count)) % 2**64:016X}"
-
-
 class AccessLog:
     """One line a request on standard error: the combined format of web servers with seconds and
     request id behind it, or JSON."""
@@ -3657,11 +3379,9 @@ class AccessLog:
         now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
         who = request.credential.access if request.credential else "-"
         agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
-        line = (
-            f'{request.client} - {who} [{now}] "{request.method} {logged_target(request)} {request.version}" '
-            f'{status} {length} "-" "{agent}" {seconds:.6f} {request.id}\n'
-        )
-        os.write(2, line.encode("ascii", "replace"))
+        line = f"{request.method} {logged_target(request)} {request.version}"
+        told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
+        os.write(2, f"{request.client} - {who} [{now}] {told}\n".encode("ascii", "replace"))
 
     def _json(self, request: Request, status: int, length: int, seconds: float) -> None:
         entry = {
@@ -3686,8 +3406,9 @@ def logged_target(request: Request) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. Requests are parsed here, not by http.server: its parser takes several times as
-    long, squeezes the slashes that a signature covers, and takes heads that can be read in two ways."""
+    """One connection. Requests are parsed here, not by http.server: its parser takes several times
+    as long, squeezes the slashes that a signature covers, and takes heads that can be read in two
+    ways."""
 
     server: Server
     timeout = SOCKET_SECONDS
@@ -3710,7 +3431,8 @@ class Handler(BaseHTTPRequestHandler):
     def _handle_next(self) -> bool:
         """Answer one request. Whether the connection is good for another."""
         request = Request("-", "-", "", {}, self.server.service.settings)
-        request.client, request.id = self.client_address[0], self.server.ids.next()
+        request.client = self.client_address[0]
+        request.id = f"{next(self.server.request_ids) % 2**64:016X}"
         began = time.monotonic()
         try:
             head = self.wire.read_head()
@@ -3721,9 +3443,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._parse(request, head)
                 response = self._respond(request)
                 return self._finish(request, response, began)
-        except (
-            S3Error
-        ) as error:  # the head could not be read, so nobody knows where the next begins
+        except S3Error as error:  # in the head: nobody knows where the next request begins
             request.wire.failed = True
             self._finish(request, error_response(request, error), began)
             self._linger()
@@ -3758,9 +3478,8 @@ class Handler(BaseHTTPRequestHandler):
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
         keep = request.wire.ended and not request.wire.failed and not self.server.stopping
         asked = request.header("connection").lower()
-        keep = keep and (
-            asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked
-        )
+        old = request.version == "HTTP/1.0"
+        keep = keep and (asked == "keep-alive" if old else "close" not in asked)
         length = 0
         try:
             length = self._send(request, response, keep)
@@ -3781,7 +3500,7 @@ class Handler(BaseHTTPRequestHandler):
             f"Server: zs3/{VERSION}",
             f"Date: {http_date(int(time.time()))}",
             f"x-amz-request-id: {request.id}",
-            f"x-amz-id-2: {self.server.ids.host_id}",
+            f"x-amz-id-2: {HOST_ID}",
         ]
         lines += [f"{name}: {value}" for name, value in response.headers.items()]
         if response.status not in (204, 304) and "Content-Length" not in response.headers:
@@ -3819,8 +3538,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionError  # all that is left to say so
 
     def _linger(self) -> None:
-        """Read on for a while what a client is still sending, so that it reads our answer rather than
-        that the connection was reset. (RFC 9112, 9.6)"""
+        """Read on for a while what a client is still sending, so that it reads our answer rather
+        than that the connection was reset. (RFC 9112, 9.6)"""
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
@@ -3830,8 +3549,12 @@ class Handler(BaseHTTPRequestHandler):
                 return
 
 
+TOO_MANY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
 class Server(ThreadingHTTPServer):
-    """Accepts connections on a listening socket, which processes may share, and gives each a thread."""
+    """Accepts connections on a listening socket, which processes may share, and gives each a
+    thread."""
 
     daemon_threads = True
 
@@ -3842,7 +3565,7 @@ class Server(ThreadingHTTPServer):
         listener.setblocking(False)  # another process may take the connection first
         self.service = service
         self.log = log
-        self.ids = RequestIds()
+        self.request_ids = itertools.count(secrets.randbits(64))
         self.stopping = False
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._idle = threading.Condition()  # guards the number below; told when it is 0
@@ -3867,9 +3590,7 @@ class Server(ThreadingHTTPServer):
             super().process_request(request, client_address)
         else:
             with contextlib.suppress(OSError):  # it may be gone already
-                request.sendall(
-                    b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                )
+                request.sendall(TOO_MANY)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -3905,12 +3626,12 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 DEFAULT_CREDENTIAL = ("minioadmin", "minioadmin")
 EPILOG = """\
-Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by ZS3_QUIET=1.
-MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are taken as the admin's keys where there is no --acl.
+Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by
+ZS3_QUIET=1. MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are the admin's keys where there is no --acl.
 Durations are seconds, or a number with s, m, h or d behind it: 45s, 30m, 12h, 7d.
 
-Roles: a reader may get and list; a writer may also put and delete objects; an admin may also create and
-delete buckets. GET /_zs3/health (or /minio/health/live, /minio/health/ready) answers 200 to anyone.
+Roles: a reader may get and list; a writer may also put and delete objects; an admin may also create
+and delete buckets. GET /_zs3/health answers 200 to anyone (as do /minio/health/live and .../ready).
 """
 
 
@@ -3943,13 +3664,19 @@ def parse_acl(text: str) -> list[Credential]:
         role, _, keys = entry.partition(":")
         access, _, secret = keys.partition(":")
         if role not in ROLES or not access or not secret:
-            raise argparse.ArgumentTypeError(
-                f"each entry must be role:access:secret, the role one of {', '.join(ROLES)}"
-            )
+            roles = ", ".join(ROLES)
+            raise argparse.ArgumentTypeError(f"{entry!r} is no ROLE:ACCESS:SECRET; roles: {roles}")
         credentials.append(Credential(role, access, secret))
     if len({each.access for each in credentials}) < len(credentials):
         raise argparse.ArgumentTypeError("an access key stands there twice")
     return credentials
+
+
+def parse_log_format(text: str) -> str:
+    """text or json."""
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+    return text
 
 
 def bounded(low: int, high: int) -> Callable[[str], int]:
@@ -3963,156 +3690,86 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-class Options(argparse.ArgumentParser):
-    """argparse, with an environment variable behind each option."""
+class Option(NamedTuple):
+    """A row of the command line. A `kind` of bool is a switch; any other parses the value's
+    text."""
 
-    def option(self, group: Any, name: str, help: str, default: Any = "", **how: Any) -> None:
-        """Add --name; its default is that of ZS3_NAME if set."""
-        value = os.environ.get("ZS3_" + name.upper().replace("-", "_"))
-        if how.get("action") == "store_true":
-            if value is not None and value.lower() not in (
-                "",
-                "0",
-                "false",
-                "no",
-                "1",
-                "true",
-                "yes",
-            ):
-                self.error(f"ZS3_{name.upper()} must be 0 or 1")
-            default = (value or "").lower() in ("1", "true", "yes")
-        elif value is not None:
-            default = value
-        group.add_argument(f"--{name}", help=help, default=default, **how)
+    group: str
+    name: str
+    default: str
+    metavar: str
+    kind: Callable[[str], Any]
+    help: str
+
+
+SERVER, CLUSTER = "server", "distributed mode"
+OPTIONS = (
+    Option(SERVER, "port", "9000", "PORT", bounded(0, 65535), "port to listen on; 0: a free one"),
+    Option(SERVER, "host", "", "ADDRESS", str,
+           "address to listen on (127.0.0.1 with the default keys, else 0.0.0.0)"),
+    Option(SERVER, "data-dir", "data", "PATH", str, "folder of the data, made if it is not there"),
+    Option(SERVER, "acl", "", "ROLE:ACCESS:SECRET,...", parse_acl,
+           "who may do what (admin:minioadmin:minioadmin)"),
+    Option(SERVER, "public-read", "", "BUCKET,...", parse_buckets, "buckets anyone may read"),
+    Option(SERVER, "bucket", "", "BUCKET,...", parse_buckets, "buckets to make at the start"),
+    Option(SERVER, "cors-origin", "", "ORIGIN,...", parse_names,
+           "origins whose pages may use the server, * for any"),
+    Option(SERVER, "domain", "", "DOMAIN", str, "serve the host BUCKET.DOMAIN as the bucket, too"),
+    Option(SERVER, "workers", "1", "N", bounded(1, 64), "processes that share the port"),
+    Option(SERVER, "fsync", "", "", bool,
+           "flush every write to the disk before answering, against loss of power"),
+    Option(SERVER, "min-part-size", str(MIN_PART_BYTES), "BYTES", bounded(1, MAX_PUT_BYTES),
+           "least size of a part but the last"),
+    Option(SERVER, "upload-expiry", "7d", "DURATION", parse_duration,
+           "age at which an unfinished multipart upload is removed"),
+    Option(SERVER, "log-format", "text", "text|json", parse_log_format, "how a request is logged"),
+    Option(SERVER, "quiet", "", "", bool, "no line for each request"),
+    Option(SERVER, "check", "", "", bool, "ask a running server for its health; exit 0 or 1"),
+    Option(CLUSTER, "distributed", "", "", bool, "be a node of a cluster (needs blake3)"),
+    Option(CLUSTER, "bootstrap", "", "HOST:PORT,...", parse_names, "nodes of the cluster to join"),
+    Option(CLUSTER, "discover", "", "", bool, "find nodes by multicast on the local network"),
+    Option(CLUSTER, "advertise", "", "HOST:PORT", str, "where other nodes reach this one"),
+    Option(CLUSTER, "cluster-secret", "", "SECRET", str,
+           "proves that a node belongs to the cluster (made from the admin's secret)"),
+    Option(CLUSTER, "replicas", "3", "N", bounded(1, 20), "nodes that hold each record and block"),
+    Option(CLUSTER, "gossip-interval-ms", "30000", "N", bounded(50, 10**9),
+           "milliseconds between two rounds of background work"),
+    Option(CLUSTER, "gc-grace", "10m", "DURATION", parse_duration,
+           "age at which a block that no object refers to is removed"),
+    Option(CLUSTER, "tombstone-grace", "24h", "DURATION", parse_duration,
+           "least time for which a deletion is remembered"),
+    Option(CLUSTER, "forget", "", "NODE_ID", str, "this node is gone for good: tell the cluster"),
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line and the environment."""
-    options = Options(
+    """The command line, and the environment for what is not there."""
+    parser = argparse.ArgumentParser(
         prog="zs3",
         description="S3-compatible object storage on plain files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_server_options(options)
-    add_distributed_options(options)
-    options.add_argument("--version", action="version", version=f"zs3 {VERSION}")
-    args = options.parse_args(argv)
-    for name in ("choice of log format", args.log_format):
-        if name == args.log_format and name not in ("text", "json"):
-            options.error("--log-format must be text or json")
+    parser.add_argument("--version", action="version", version=f"zs3 {VERSION}")
+    groups = {title: parser.add_argument_group(title) for title in (SERVER, CLUSTER)}
+    for option in OPTIONS:
+        group, flag = groups[option.group], f"--{option.name}"
+        given = os.environ.get("ZS3_" + option.name.upper().replace("-", "_"))
+        if option.kind is bool:
+            if given not in (None, "", "0", "1"):
+                parser.error(f"the environment variable of {flag} must be 0 or 1")
+            group.add_argument(flag, action="store_true", default=given == "1", help=option.help)
+        else:
+            shown = f"{option.help} ({option.default})" if option.default else option.help
+            default = option.default if given is None else given
+            group.add_argument(
+                flag, default=default, metavar=option.metavar, type=option.kind, help=shown
+            )
+    args = parser.parse_args(argv)
     if args.distributed and args.workers > 1:
-        options.error("--workers does not go with --distributed: start more nodes instead")
+        parser.error("--workers does not go with --distributed: start more nodes instead")
     return args
-
-
-def add_server_options(options: Options) -> None:
-    """What a standalone server knows."""
-    group, path = options.add_argument_group("server"), "PATH"
-    option = functools.partial(options.option, group)
-    option("port", "port to listen on; 0 takes a free one (9000)", "9000", type=bounded(0, 65535))
-    option(
-        "host",
-        "address to listen on (127.0.0.1 with the default keys, else 0.0.0.0)",
-        metavar="ADDRESS",
-    )
-    option("data-dir", "folder of the data, made if it is not there (data)", "data", metavar=path)
-    option(
-        "acl",
-        "who may do what (admin:minioadmin:minioadmin)",
-        metavar="ROLE:ACCESS:SECRET,...",
-        type=parse_acl,
-    )
-    option(
-        "public-read",
-        "buckets that anyone may read and list",
-        metavar="BUCKET,...",
-        type=parse_buckets,
-    )
-    option("bucket", "buckets to make at the start", metavar="BUCKET,...", type=parse_buckets)
-    option(
-        "cors-origin",
-        "origins whose pages may use the server, * for any",
-        metavar="ORIGIN,...",
-        type=parse_names,
-    )
-    option("domain", "serve BUCKET.DOMAIN as the bucket, too", metavar="DOMAIN")
-    option("workers", "processes that share the port (1)", "1", metavar="N", type=bounded(1, 64))
-    option(
-        "fsync",
-        "flush each write to the disk before answering, against loss of power",
-        action="store_true",
-    )
-    option(
-        "min-part-size",
-        "least bytes of a part but the last (5242880)",
-        str(MIN_PART_BYTES),
-        metavar="BYTES",
-        type=bounded(0, MAX_PUT_BYTES),
-    )
-    option(
-        "upload-expiry",
-        "age at which an unfinished multipart upload is removed (7d)",
-        str(UPLOAD_EXPIRY_SECONDS),
-        metavar="DURATION",
-        type=parse_duration,
-    )
-    option("log-format", "text (combined format) or json", "text", metavar="FORMAT")
-    option("quiet", "no line for each request", action="store_true")
-    option(
-        "check",
-        "ask the server at --host and --port for its health; exit 0 or 1",
-        action="store_true",
-    )
-
-
-def add_distributed_options(options: Options) -> None:
-    """What a node of a cluster knows beside."""
-    group = options.add_argument_group("distributed mode")
-    option = functools.partial(options.option, group)
-    option("distributed", "be a node of a cluster (needs the package blake3)", action="store_true")
-    option("bootstrap", "nodes of the cluster to join", metavar="HOST:PORT,...", type=parse_names)
-    option(
-        "discover",
-        "find nodes of the same cluster by multicast on the local network",
-        action="store_true",
-    )
-    option("advertise", "address at which the other nodes reach this one", metavar="HOST:PORT")
-    option(
-        "cluster-secret",
-        "what proves that a node belongs to the cluster (made from the admin's secret)",
-        metavar="SECRET",
-    )
-    option(
-        "replicas",
-        "nodes that hold each block and record (3)",
-        "3",
-        metavar="N",
-        type=bounded(1, 20),
-    )
-    option(
-        "gossip-interval-ms",
-        "milliseconds between two rounds of background work (30000)",
-        "30000",
-        metavar="N",
-        type=bounded(100, 10**9),
-    )
-    option(
-        "gc-grace",
-        "age at which a block that no object refers to is removed (10m)",
-        "10m",
-        metavar="DURATION",
-        type=parse_duration,
-    )
-    option(
-        "tombstone-grace",
-        "least time that a deletion is remembered (24h)",
-        "24h",
-        metavar="DURATION",
-        type=parse_duration,
-    )
-    option("forget", "tell the cluster that this node is gone for good", metavar="NODE_ID")
 
 
 def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
@@ -4133,7 +3790,7 @@ def well_known(credentials: Mapping[str, Credential]) -> bool:
 def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
     """The store that the command line asks for."""
     if args.distributed:
-        import zs3_dist
+        import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
 
         return zs3_dist.open_store(args, credentials)
     return FileStore(args.data_dir, args.fsync)
@@ -4154,25 +3811,17 @@ def check_health(args: argparse.Namespace) -> int:
     return 0 if status == 200 else 1
 
 
-def print_banner(
-    args: argparse.Namespace, credentials: Mapping[str, Credential], address: tuple[str, int]
-) -> None:
+def print_banner(args: argparse.Namespace, credentials: Mapping[str, Credential]) -> None:
     """What a newcomer needs to know, on standard error."""
-    host, port = address
-    shown = f"[{host}]" if ":" in host else host
-    lines = [f"zs3 {VERSION} at http://{shown}:{port}", f"data in {os.path.abspath(args.data_dir)}"]
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
     if well_known(credentials):
-        lines.append(
-            "access key minioadmin, secret minioadmin: for this machine only; set others by --acl"
-        )
-        if not host.startswith("127.") and host != "::1":
-            lines.append(
-                "WARNING: anyone who reaches this port can use the well-known default keys"
-            )
+        lines.append("access key minioadmin, secret minioadmin; set others by --acl")
+        if not args.host.startswith("127.") and args.host != "::1":
+            lines.append("WARNING: whoever reaches this port can use these well-known keys")
     else:
-        lines.append(
-            f"access keys: {', '.join(f'{each.access} ({each.role})' for each in credentials.values())}"
-        )
+        keys = ", ".join(f"{each.access} ({each.role})" for each in credentials.values())
+        lines.append(f"access keys: {keys}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -4201,28 +3850,41 @@ def serve(
         domain=args.domain,
         min_part_bytes=args.min_part_size,
     )
-    server = Server(
-        listener, Service(store, settings), AccessLog("" if args.quiet else args.log_format)
-    )
-
-    def stop(*_: object) -> None:
-        server.stop()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    service = Service(store, settings)
+    server = Server(listener, service, AccessLog("" if args.quiet else args.log_format))
     store.start()
-    threading.Thread(target=prepare, args=(args, store), name="prepare", daemon=True).start()
+    threading.Thread(target=prepare, args=(args, service), name="prepare", daemon=True).start()
+    handle_signals(server.stop)
     server.serve_forever()
     server.finish()
     store.close()
     return 0
 
 
-def prepare(args: argparse.Namespace, store: Store) -> None:
-    """Make the buckets of --bucket, once the server answers (so do its peers), then keep house."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def handle_signals(stop: Callable[[], None]) -> None:
+    """Have SIGTERM and SIGINT call `stop`, also one that came while main() held them back."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def prepare(args: argparse.Namespace, service: Service) -> None:
+    """Make the buckets of --bucket, then keep house. Beside the server, which answers already: the
+    nodes of a cluster need one another's answers for it, and try until enough of them are there."""
     for bucket in args.bucket:
-        store.create_bucket(bucket)
-    sweep_uploads(store, args.upload_expiry)
+        while True:
+            try:
+                service.store.create_bucket(bucket)
+                break
+            except S3Error as error:
+                if error.code != "SlowDown":
+                    raise
+                time.sleep(0.5)
+    service.ready = True
+    sweep_uploads(service.store, args.upload_expiry)
 
 
 def serve_workers(
@@ -4233,20 +3895,20 @@ def serve_workers(
     workers: set[int] = set()
     stopping = False
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def stop() -> None:
         nonlocal stopping
         stopping = True
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
     while workers or not stopping:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is lost on a worker yet to be
         while not stopping and len(workers) < args.workers:
             pid = os.fork()
             if pid == 0:
                 os._exit(serve(args, credentials, listener))
             workers.add(pid)
+        handle_signals(stop)
         pid, status = os.wait()
         workers.discard(pid)
         if not stopping:
@@ -4269,7 +3931,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zs3: cannot listen on {host}:{args.port}: {error.strerror}", file=sys.stderr)
         return 1
     args.host, args.port = listener.getsockname()[:2]
-    print_banner(args, credentials, (args.host, args.port))
+    args.data_dir = os.path.abspath(args.data_dir)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is something to stop
+    print_banner(args, credentials)
     run = serve_workers if args.workers > 1 else serve
     with listener:
         return run(args, credentials, listener)
