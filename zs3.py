@@ -137,7 +137,6 @@ ERRORS: dict[str, tuple[int, str]] = {
     "InvalidAccessKeyId": (403, "The access key id you provided does not exist in our records."),
     "InvalidArgument": (400, "Invalid argument."),
     "InvalidBucketName": (400, "The specified bucket is not valid."),
-    "InvalidChunkSizeError": (400, "A chunk of the body is framed wrongly."),
     "InvalidDigest": (400, "The Content-MD5 or checksum value that you specified is not valid."),
     "InvalidPart": (400, "A part could not be found, or does not match its ETag or checksum."),
     "InvalidPartNumber": (416, "The requested partnumber is not satisfiable."),
@@ -383,6 +382,11 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Stream = b""
 
+    @property
+    def length(self) -> int:
+        """Of the body, in bytes."""
+        return len(self.body) if isinstance(self.body, bytes) else self.body.length
+
 
 class Credential(NamedTuple):
     """Who may ask: `role` is admin, writer or reader."""
@@ -624,6 +628,8 @@ def authorization_from_header(request: Request) -> Authorization:
         if seconds is None:
             raise S3Error("AccessDenied", "A signed request needs a Date or x-amz-date header.")
         amz_date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
+    if parse_amz_date(amz_date) is None:
+        raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
     scope = credential_scope(fields["Credential"], amz_date, "AuthorizationHeaderMalformed")
     return Authorization(*scope, amz_date, fields["SignedHeaders"], fields["Signature"])
 
@@ -821,7 +827,7 @@ class WireBody(io.RawIOBase):
             if not self._chunked:
                 self.ended = True
             elif self._wire.readline(3) != b"\r\n":
-                raise S3Error("InvalidChunkSizeError")
+                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
         return got
 
     def _next_chunk(self) -> bool:
@@ -835,18 +841,18 @@ class WireBody(io.RawIOBase):
             line = self._wire.readline(MAX_TRAILER_BYTES)
             trailers += len(line)
             if not line.endswith(b"\r\n") or trailers > MAX_TRAILER_BYTES:
-                raise S3Error("InvalidChunkSizeError")
+                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
         self.ended = True
         return False
 
 
 def parse_chunk_size(line: bytes) -> int:
-    """The size in `1f4;extension\\r\\n`. IncompleteBody, InvalidChunkSizeError."""
+    """The size in `1f4;extension\\r\\n`. IncompleteBody, InvalidRequest."""
     if not line:
         raise S3Error("IncompleteBody")
     digits = line[:-2].partition(b";")[0]
     if not line.endswith(b"\r\n") or not re.fullmatch(rb"[0-9a-fA-F]{1,15}", digits):
-        raise S3Error("InvalidChunkSizeError")
+        raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
     return int(digits, 16)
 
 
@@ -900,7 +906,7 @@ class AwsChunks(io.RawIOBase):
             self._digest.update(view[:got])
         if self._left == 0:
             if self._source.read(2) != b"\r\n":
-                raise S3Error("InvalidChunkSizeError")
+                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
             self._check_chunk()
         return got
 
@@ -909,7 +915,7 @@ class AwsChunks(io.RawIOBase):
         self._left = parse_chunk_size(line)
         name, _, given = line[:-2].partition(b";")[2].partition(b"=")
         if self._signer is not None and name != b"chunk-signature":
-            raise S3Error("InvalidChunkSizeError", "A chunk has no signature.")
+            raise S3Error("InvalidRequest", "A chunk has no signature.")
         self._given = given.decode("latin-1")
         if self._left:
             return True
@@ -928,7 +934,7 @@ class AwsChunks(io.RawIOBase):
         """What is left of the body: the announced trailer and its signature, and nothing else."""
         rest = self._source.read(MAX_TRAILER_BYTES + 1)
         if len(rest) > MAX_TRAILER_BYTES:
-            raise S3Error("InvalidChunkSizeError", "There is too much after the last chunk.")
+            raise S3Error("InvalidRequest", "There is too much after the last chunk.")
         for line in rest.decode("latin-1").splitlines():
             name, _, value = line.partition(":")
             if name.strip():
@@ -1076,7 +1082,7 @@ def checksum_header(algorithm: str) -> str:
 
 
 def decode_digest(text: str, size: int, header: str, code: str = "InvalidRequest") -> bytes:
-    """The `size` bytes that base64 `text`, a header's or trailer's, stands for; else S3Error(code)."""
+    """The `size` bytes that base64 `text` of a header or trailer stands for; else S3Error(code)."""
     try:
         value = base64.b64decode(text, validate=True)
     except ValueError:
@@ -1572,6 +1578,19 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def file_status(path: str) -> os.stat_result:
+    """The status of a regular file. FileNotFoundError for anything else."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in NOTHING_THERE:
+            raise FileNotFoundError(path) from None
+        raise
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(path)
+    return status
+
+
 def record_holds(record: Any, status: os.stat_result) -> bool:
     """Whether a file is still the one that its record describes."""
     is_that = record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size
@@ -1745,21 +1764,24 @@ class FileStore:
         """The object at a path, if it is one. Two calls by path may meet two files, one replacing
         the other: where they disagree, look again through one open file."""
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                return None
+            status = file_status(path)
             record = self._read_record(path, bucket, key, status)
             if record and not record_holds(record, status):
                 file, status = self._open_file(path)
                 with contextlib.closing(FileContent(file)):
                     record = self._read_record(file, bucket, key, status)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
         return self._describe(key, status, record)
 
     def _open_file(self, path: str) -> tuple[int, os.stat_result]:
         """An open regular file. FileNotFoundError for anything else."""
-        file = os.open(path, self.OPEN_FLAGS)
+        try:
+            file = os.open(path, self.OPEN_FLAGS)
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                raise FileNotFoundError(path) from None
+            raise
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             os.close(file)
@@ -1784,7 +1806,7 @@ class FileStore:
 
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
         for path in self._paths(bucket, key):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # try the next
+            with contextlib.suppress(FileNotFoundError):  # try the next
                 file, status = self._open_file(path)
                 record = self._read_record(file, bucket, key, status)
                 return self._describe(key, status, record), FileContent(file)
@@ -1904,11 +1926,9 @@ class FileStore:
     def _remove(self, path: str, bucket: str, key: str) -> None:
         """Unlink an object's file, what describes it, and the directories it leaves empty."""
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                return  # a directory: other keys begin with this one
+            status = file_status(path)
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return  # the key's file is at its other path
         self._remove_side(bucket, key, status)
         folder = os.path.dirname(path)
@@ -2069,8 +2089,8 @@ class FileStore:
         except (FileNotFoundError, ValueError):
             return False  # gone, or torn by a crash before its object appeared
         for candidate in self._paths(bucket, key):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # try the next
-                if self._side_path(bucket, key, os.stat(candidate)) == path:
+            with contextlib.suppress(FileNotFoundError):  # try the next
+                if self._side_path(bucket, key, file_status(candidate)) == path:
                     return True
         return False
 
@@ -3264,6 +3284,8 @@ class Service:
         auth = authenticate(request, self._secrets, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
         request.bucket, request.key = address(request)
+        if request.credential is None:
+            check_permission(request, READ if request.method in ("GET", "HEAD") else WRITE)
         route = find_route(request)
         check_permission(request, route.permission)
         if request.bucket and not is_bucket_name(request.bucket):
@@ -3405,6 +3427,28 @@ def logged_target(request: Request) -> str:
     return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
 
 
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+def render_head(request: Request, response: Response, keep: bool) -> bytes:
+    """Status line and headers. `keep`: whether the connection stays open."""
+    lines = [
+        f"HTTP/1.1 {response.status} {REASONS.get(response.status, '')}",
+        f"Server: zs3/{VERSION}",
+        f"Date: {http_date(int(time.time()))}",
+        f"x-amz-request-id: {request.id}",
+        f"x-amz-id-2: {HOST_ID}",
+    ]
+    lines += [f"{name}: {value}" for name, value in response.headers.items()]
+    if response.status not in (204, 304) and "Content-Length" not in response.headers:
+        lines.append(f"Content-Length: {response.length}")
+    if not keep:
+        lines.append("Connection: close")
+    elif request.version == "HTTP/1.0":
+        lines.append("Connection: keep-alive")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection. Requests are parsed here, not by http.server: its parser takes several times
     as long, squeezes the slashes that a signature covers, and takes heads that can be read in two
@@ -3413,7 +3457,6 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     timeout = SOCKET_SECONDS
     disable_nagle_algorithm = True
-    REASONS = {status.value: status.phrase for status in HTTPStatus}
 
     def setup(self) -> None:
         """Prepare to read the connection."""
@@ -3432,7 +3475,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer one request. Whether the connection is good for another."""
         request = Request("-", "-", "", {}, self.server.service.settings)
         request.client = self.client_address[0]
-        request.id = f"{next(self.server.request_ids) % 2**64:016X}"
+        request.id = self.server.new_id()
         began = time.monotonic()
         try:
             head = self.wire.read_head()
@@ -3493,31 +3536,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, request: Request, response: Response, keep: bool) -> int:
         """Write head and body; the number of bytes of the body."""
-        body = response.body
-        length = len(body) if isinstance(body, bytes) else body.length
-        lines = [
-            f"HTTP/1.1 {response.status} {self.REASONS.get(response.status, '')}",
-            f"Server: zs3/{VERSION}",
-            f"Date: {http_date(int(time.time()))}",
-            f"x-amz-request-id: {request.id}",
-            f"x-amz-id-2: {HOST_ID}",
-        ]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        if response.status not in (204, 304) and "Content-Length" not in response.headers:
-            lines.append(f"Content-Length: {length}")
-        if not keep:
-            lines.append("Connection: close")
-        elif request.version == "HTTP/1.0":
-            lines.append("Connection: keep-alive")
-        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        head = render_head(request, response, keep)
         if request.method == "HEAD" or response.status in (204, 304):
             self.connection.sendall(head)
             return 0
-        if isinstance(body, bytes):
-            self.connection.sendall(head + body)
+        if isinstance(response.body, bytes):
+            self.connection.sendall(head + response.body)
         else:
-            self._send_stream(head, body)
-        return length
+            self._send_stream(head, response.body)
+        return response.length
 
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
@@ -3540,16 +3567,14 @@ class Handler(BaseHTTPRequestHandler):
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, so that it reads our answer rather
         than that the connection was reset. (RFC 9112, 9.6)"""
-        self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
-        while (left := deadline - time.monotonic()) > 0:
-            self.connection.settimeout(left)
-            if not self.connection.recv_into(waste):
-                return
-
-
-TOO_MANY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):  # the client has gone, or does not stop
+            self.connection.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv_into(waste):
+                    return
 
 
 class Server(ThreadingHTTPServer):
@@ -3565,7 +3590,7 @@ class Server(ThreadingHTTPServer):
         listener.setblocking(False)  # another process may take the connection first
         self.service = service
         self.log = log
-        self.request_ids = itertools.count(secrets.randbits(64))
+        self._request_ids = itertools.count(secrets.randbits(64))
         self.stopping = False
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._idle = threading.Condition()  # guards the number below; told when it is 0
@@ -3589,9 +3614,17 @@ class Server(ThreadingHTTPServer):
         if self._places.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
+            refused = Request("GET", "/", "", {}, self.service.settings, id=self.new_id())
+            response = error_response(refused, S3Error("SlowDown", "Too many connections."))
+            assert isinstance(response.body, bytes)
             with contextlib.suppress(OSError):  # it may be gone already
-                request.sendall(TOO_MANY)
+                request.sendall(render_head(refused, response, keep=False))
+                request.sendall(response.body)
             self.shutdown_request(request)
+
+    def new_id(self) -> str:
+        """16 hex digits that are unique among the requests of all servers."""
+        return f"{next(self._request_ids) % 2**64:016X}"
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The thread of a connection."""
