@@ -138,6 +138,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "InvalidAccessKeyId": (403, "The access key id you provided does not exist in our records."),
     "InvalidArgument": (400, "Invalid argument."),
     "InvalidBucketName": (400, "The specified bucket is not valid."),
+    "InvalidChunkSizeError": (400, "A chunk of the body is framed wrongly."),
     "InvalidDigest": (400, "The Content-MD5 or checksum value that you specified is not valid."),
     "InvalidPart": (400, "A part could not be found, or does not match its ETag or checksum."),
     "InvalidPartNumber": (416, "The requested partnumber is not satisfiable."),
@@ -828,7 +829,7 @@ class WireBody(io.RawIOBase):
             if not self._chunked:
                 self.ended = True
             elif self._wire.readline(3) != b"\r\n":
-                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
+                raise S3Error("InvalidChunkSizeError")
         return got
 
     def _next_chunk(self) -> bool:
@@ -842,18 +843,18 @@ class WireBody(io.RawIOBase):
             line = self._wire.readline(MAX_TRAILER_BYTES)
             trailers += len(line)
             if not line.endswith(b"\r\n") or trailers > MAX_TRAILER_BYTES:
-                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
+                raise S3Error("InvalidChunkSizeError")
         self.ended = True
         return False
 
 
 def parse_chunk_size(line: bytes) -> int:
-    """The size in `1f4;extension\\r\\n`. IncompleteBody, InvalidRequest."""
+    """The size in `1f4;extension\\r\\n`. IncompleteBody, InvalidChunkSizeError."""
     if not line:
         raise S3Error("IncompleteBody")
     digits = line[:-2].partition(b";")[0]
     if not line.endswith(b"\r\n") or not re.fullmatch(rb"[0-9a-fA-F]{1,15}", digits):
-        raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
+        raise S3Error("InvalidChunkSizeError")
     return int(digits, 16)
 
 
@@ -907,7 +908,7 @@ class AwsChunks(io.RawIOBase):
             self._digest.update(view[:got])
         if self._left == 0:
             if self._source.read(2) != b"\r\n":
-                raise S3Error("InvalidRequest", "A chunk of the body is framed wrongly.")
+                raise S3Error("InvalidChunkSizeError")
             self._check_chunk()
         return got
 
@@ -916,7 +917,7 @@ class AwsChunks(io.RawIOBase):
         self._left = parse_chunk_size(line)
         name, _, given = line[:-2].partition(b";")[2].partition(b"=")
         if self._signer is not None and name != b"chunk-signature":
-            raise S3Error("InvalidRequest", "A chunk has no signature.")
+            raise S3Error("InvalidChunkSizeError", "A chunk has no signature.")
         self._given = given.decode("latin-1")
         if self._left:
             return True
@@ -935,7 +936,7 @@ class AwsChunks(io.RawIOBase):
         """What is left of the body: the announced trailer and its signature, and nothing else."""
         rest = self._source.read(MAX_TRAILER_BYTES + 1)
         if len(rest) > MAX_TRAILER_BYTES:
-            raise S3Error("InvalidRequest", "There is too much after the last chunk.")
+            raise S3Error("InvalidChunkSizeError", "There is too much after the last chunk.")
         for line in rest.decode("latin-1").splitlines():
             name, _, value = line.partition(":")
             if name.strip():
@@ -1462,7 +1463,7 @@ SPELLED = [
     chr(byte) if 0x30 <= byte <= 0x7D else f"{'+' if byte < 0x30 else '~'}{byte:02X}"
     for byte in range(256)
 ]  # fmt: skip
-NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 
 def spell(key: str) -> str:
@@ -3384,6 +3385,12 @@ class Wire:
         return line
 
 
+def write_line(text: str) -> None:
+    """A line to standard error, in one piece."""
+    with contextlib.suppress(OSError):  # a full or closed log is no reason to fail a request
+        os.write(2, text.encode("ascii", "replace") + b"\n")
+
+
 class AccessLog:
     """One line a request on standard error: the combined format of web servers with seconds and
     request id behind it, or JSON."""
@@ -3404,7 +3411,7 @@ class AccessLog:
         agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
         line = f"{request.method} {logged_target(request)} {request.version}"
         told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
-        os.write(2, f"{request.client} - {who} [{now}] {told}\n".encode("ascii", "replace"))
+        write_line(f"{request.client} - {who} [{now}] {told}")
 
     def _json(self, request: Request, status: int, length: int, seconds: float) -> None:
         entry = {
@@ -3419,7 +3426,7 @@ class AccessLog:
             "agent": request.header("user-agent"),
             "request_id": request.id,
         }
-        os.write(2, json.dumps(entry).encode() + b"\n")
+        write_line(json.dumps(entry))
 
 
 def logged_target(request: Request) -> str:
@@ -3856,7 +3863,7 @@ def print_banner(args: argparse.Namespace, credentials: Mapping[str, Credential]
     else:
         keys = ", ".join(f"{each.access} ({each.role})" for each in credentials.values())
         lines.append(f"access keys: {keys}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    write_line("\n".join(lines))
 
 
 def sweep_uploads(store: Store, expiry: float) -> None:
@@ -3981,8 +3988,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Start over as the module zs3: the interpreter keeps a script's syntax tree, 9 MB of this one, for
-    # as long as it runs, but not a module's; and zs3_dist imports this module, not a second copy.
+    # Start over as the module zs3: the interpreter keeps a script's syntax tree, 9 MB of this one,
+    # for as long as it runs, but not a module's; and zs3_dist shall import this, not a second copy.
     folder = os.path.dirname(os.path.abspath(__file__))
     start = f"import sys; sys.path.insert(0, {folder!r}); import zs3; sys.exit(zs3.main())"
     flags = sys.orig_argv[1 : -len(sys.argv)]
