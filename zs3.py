@@ -428,7 +428,7 @@ class Request:
     key: str = ""
     credential: Credential | None = None  # None: nobody signed it
     wire: WireBody = field(default_factory=lambda: WireBody(io.BytesIO(), 0))
-    body: Body = field(default_factory=lambda: Body(io.BytesIO(), 0))
+    body: Body = field(init=False)  # opened once the request is accepted
 
     def header(self, name: str) -> str:
         """The value, or ""."""
@@ -489,10 +489,11 @@ def body_length(headers: Mapping[str, str], version: str) -> int | None:
 def address(request: Request) -> tuple[str, str]:
     """Bucket and key, "" where there is none, from the path, or from host and path where the host
     is BUCKET.domain. `/b` and `/b/` are both the bucket; a key may begin with slashes."""
-    host = re.sub(r":\d+$", "", request.header("host").lower())
-    domain = "." + request.settings.domain.lower()
-    if len(domain) > 1 and host.endswith(domain):
-        return host[: -len(domain)], uri_decode(request.path[1:])
+    if request.settings.domain:
+        host = re.sub(r":\d+$", "", request.header("host").lower())
+        domain = "." + request.settings.domain.lower()
+        if host.endswith(domain):
+            return host[: -len(domain)], uri_decode(request.path[1:])
     bucket, _, key = request.path[1:].partition("/")
     return uri_decode(bucket), uri_decode(key)
 
@@ -804,11 +805,11 @@ class WireBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
+        if self._proceed is not None:
+            self._proceed()  # even if nothing follows: some versions of botocore count on it
+            self._proceed = None
         if self.ended:
             return 0
-        if self._proceed is not None:
-            self._proceed()
-            self._proceed = None
         try:
             return self._read(memoryview(buffer).cast("B"))
         except TimeoutError:
@@ -1078,6 +1079,10 @@ def md5_digest() -> Digest:
     return hashlib.md5(usedforsecurity=False)
 
 
+# What a Body may compute: PAYLOAD is the SHA-256 that a client signs.
+DIGESTS = CHECKSUMS | {"MD5": md5_digest, "PAYLOAD": hashlib.sha256}
+
+
 def checksum_header(algorithm: str) -> str:
     """x-amz-checksum-crc32 for CRC32."""
     return f"x-amz-checksum-{algorithm.lower()}"
@@ -1111,7 +1116,8 @@ class Body:
         self.source = source
         self._limit = limit
         self._expected: dict[str, bytes] = {}  # digest name -> value declared
-        self._digests: dict[str, Digest] = {"MD5": md5_digest()}
+        self._wanted = {"MD5"}  # names of digests
+        self._digests: dict[str, Digest] = {}  # made when the body is read, if ever
         self._trailer = ""  # the checksum algorithm whose value comes after the data
 
     def expect(self, name: str, value: bytes) -> None:
@@ -1126,12 +1132,11 @@ class Body:
 
     def compute(self, name: str) -> None:
         """Have this digest in `checksums` at the end."""
-        if name not in self._digests:
-            self._digests[name] = hashlib.sha256() if name == "PAYLOAD" else CHECKSUMS[name]()
+        self._wanted.add(name)
 
     def computed(self) -> set[str]:
         """The checksum algorithms whose values will be in `checksums`."""
-        return CHECKSUMS.keys() & self._digests.keys()
+        return CHECKSUMS.keys() & self._wanted
 
     @property
     def has_trailer(self) -> bool:
@@ -1142,6 +1147,7 @@ class Body:
         """See the class."""
         if self.size is not None and self.size > self._limit:
             raise self._too_large()
+        self._digests = {name: DIGESTS[name]() for name in self._wanted}
         block = memoryview(bytearray(min(BLOCK_BYTES, max(self.size or BLOCK_BYTES, 1))))
         while got := self._fill(block):
             self.length += got
@@ -1704,10 +1710,11 @@ class FileStore:
         """Where the file of any other key is."""
         return f"{self._root}/.keys/{bucket}/{spell(key)}"
 
-    def _paths(self, bucket: str, key: str) -> list[str]:
+    def _paths(self, bucket: str, key: str) -> Iterator[str]:
         """Where the key's file may be. The literal path wins: it is the one people see."""
-        literal, special = self._literal_path(bucket, key), self._special_path(bucket, key)
-        return [literal, special] if literal else [special]
+        if literal := self._literal_path(bucket, key):
+            yield literal
+        yield self._special_path(bucket, key)
 
     # --- Descriptions ---
 
@@ -1922,7 +1929,7 @@ class FileStore:
                 condition.check(current)
             if current is None:
                 return
-            for path in reversed(self._paths(bucket, key)):  # last the one that hides the other
+            for path in reversed([*self._paths(bucket, key)]):  # last the one that hides the other
                 self._remove(path, bucket, key)
 
     def _remove(self, path: str, bucket: str, key: str) -> None:
@@ -2726,12 +2733,12 @@ def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, 
         return Response(304, headers), 0, 0
     chosen = chosen_range(request, info)
     if chosen is None:
+        if request.header("x-amz-checksum-mode").upper() == "ENABLED":
+            headers |= checksum_headers(info)  # never with a part, which would not match
         return Response(200, headers), 0, info.size
     start, length = chosen
     if length:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{info.size}"
-    if length != info.size:  # a client would check the range against it
-        headers = {k: v for k, v in headers.items() if not k.startswith("x-amz-checksum-")}
     if "partNumber" in request.query and info.parts:
         headers["x-amz-mp-parts-count"] = str(len(info.parts))
     return Response(206, headers), start, length
@@ -2753,8 +2760,6 @@ def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
             if re.search("[\r\n\0]", value):
                 raise S3Error("InvalidArgument", f"response-{name} cannot hold a line break.")
             headers[name] = value.encode().decode("latin-1")
-    if request.header("x-amz-checksum-mode").upper() == "ENABLED":
-        headers |= checksum_headers(info)
     return headers
 
 
@@ -3196,6 +3201,10 @@ ROUTES = (
     Route("DELETE", OBJECT, ("uploadId",), abort_multipart_upload, WRITE),
     Route("DELETE", OBJECT, (), delete_object, WRITE),
 )  # fmt: skip
+ROUTES_OF: dict[tuple[str, str, frozenset[str]], list[Route]] = {}
+for _route in ROUTES:
+    _asked = (_route.method, _route.resource, frozenset(_route.subresources))
+    ROUTES_OF.setdefault(_asked, []).append(_route)
 METHODS = {route.method for route in ROUTES} | {"OPTIONS"}
 
 # Query parameters that say how an operation is done; any other without a value is a sub-resource.
@@ -3222,13 +3231,8 @@ def find_route(request: Request) -> Route:
     }
     if request.query.get("versionId", "null") not in ("", "null"):
         raise S3Error("NoSuchVersion")
-    for route in ROUTES:
-        if (
-            route.method == request.method
-            and route.resource == resource
-            and asked == set(route.subresources)
-            and (not route.header or route.header in request.headers)
-        ):
+    for route in ROUTES_OF.get((request.method, resource, frozenset(asked)), ()):
+        if not route.header or route.header in request.headers:
             return route
     if request.method in METHODS and asked:
         names = "&".join(sorted(asked))
@@ -3481,9 +3485,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _handle_next(self) -> bool:
         """Answer one request. Whether the connection is good for another."""
-        request = Request("-", "-", "", {}, self.server.service.settings)
-        request.client = self.client_address[0]
-        request.id = self.server.new_id()
         began = time.monotonic()
         try:
             head = self.wire.read_head()
@@ -3491,26 +3492,35 @@ class Handler(BaseHTTPRequestHandler):
                 return False
             with self.server.under_way():
                 began = time.monotonic()
-                self._parse(request, head)
+                request = self._parse(head)
                 response = self._respond(request)
                 return self._finish(request, response, began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
+            request = self._request("-", "-", "", "HTTP/1.1", {}, WireBody(self.wire, 0))
             request.wire.failed = True
             self._finish(request, error_response(request, error), began)
             self._linger()
             return False
 
-    def _parse(self, request: Request, head: bytes) -> None:
-        """Fill in the request from its head."""
-        parsed = parse_head(head)
-        request.method, request.path, request.raw_query, request.version, request.headers = parsed
-        length = body_length(request.headers, request.version)
+    def _parse(self, head: bytes) -> Request:
+        method, path, raw_query, version, headers = parse_head(head)
+        length = body_length(headers, version)
         proceed = None
-        if "expect" in request.headers and request.version == "HTTP/1.1":
-            if request.headers["expect"].lower() != "100-continue":
+        if "expect" in headers and version == "HTTP/1.1":
+            if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
             proceed = self._send_continue
-        request.wire = WireBody(self.wire, length, proceed)
+        wire = WireBody(self.wire, length, proceed)
+        return self._request(method, path, raw_query, version, headers, wire)
+
+    def _request(
+        self, method: str, path: str, raw_query: str, version: str, headers: dict[str, str],
+        wire: WireBody,
+    ) -> Request:
+        return Request(
+            method, path, raw_query, headers, self.server.service.settings, version,
+            self.client_address[0], self.server.new_id(), wire=wire,
+        )
 
     def _send_continue(self) -> None:
         self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3527,10 +3537,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _finish(self, request: Request, response: Response, began: float) -> bool:
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
-        keep = request.wire.ended and not request.wire.failed and not self.server.stopping
+        keep = request.wire.ended and not (request.wire.failed or request.wire.waits)
         asked = request.header("connection").lower()
         old = request.version == "HTTP/1.0"
         keep = keep and (asked == "keep-alive" if old else "close" not in asked)
+        keep = keep and not self.server.stopping
         length = 0
         try:
             length = self._send(request, response, keep)
