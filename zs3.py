@@ -107,7 +107,7 @@ MAX_SKEW_SECONDS = 15 * 60  # between a request's date and ours; S3 "RequestTime
 MAX_CONNECTIONS = 1024  # per process; one thread each, the next is told SlowDown
 MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
 MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
-BLOCK_BYTES = MiB  # a body is read, hashed and written in blocks of this
+BLOCK_BYTES = 512 * KiB  # a body is read, hashed and written in blocks of this
 CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
@@ -1148,17 +1148,37 @@ class Body:
         if self.size is not None and self.size > self._limit:
             raise self._too_large()
         self._digests = {name: DIGESTS[name]() for name in self._wanted}
-        block = memoryview(bytearray(min(BLOCK_BYTES, max(self.size or BLOCK_BYTES, 1))))
+        # A large body takes turns in two blocks: one is hashed while the next is received.
+        large = self.size is None or self.size > BLOCK_BYTES
+        block = memoryview(bytearray(BLOCK_BYTES if large else max(self.size or 0, 1)))
+        spare = memoryview(bytearray(BLOCK_BYTES)) if large else block
+        hashing: list[threading.Thread] = []
         while got := self._fill(block):
             self.length += got
             if self.length > self._limit:
                 raise self._too_large()
             if self.size is not None and self.length > self.size:
                 raise S3Error("IncompleteBody", "The body is longer than it declared.")
-            for digest in self._digests.values():
-                digest.update(block[:got])
+            for thread in hashing:
+                thread.join()
+            hashing = self._hash(block[:got], large)
             yield block[:got]
+            block, spare = spare, block
+        for thread in hashing:
+            thread.join()
         self._finish()
+
+    def _hash(self, data: memoryview, beside: bool) -> list[threading.Thread]:
+        """Have every digest take in `data`, in threads of their own if `beside`: hashlib lets other
+        threads run meanwhile."""
+        threads = []
+        for digest in self._digests.values():
+            if beside:
+                threads.append(threading.Thread(target=digest.update, args=(data,)))
+                threads[-1].start()
+            else:
+                digest.update(data)
+        return threads
 
     def _fill(self, block: memoryview) -> int:
         """Read until the block is full or the body ends."""
@@ -4002,6 +4022,7 @@ if __name__ == "__main__":
     # Start over as the module zs3: the interpreter keeps a script's syntax tree, 9 MB of this one,
     # for as long as it runs, but not a module's; and zs3_dist shall import this, not a second copy.
     folder = os.path.dirname(os.path.abspath(__file__))
-    start = f"import sys; sys.path.insert(0, {folder!r}); import zs3; sys.exit(zs3.main())"
+    paths = f"[{folder!r}, *filter(None, sys.path)]"  # not the working directory
+    start = f"import sys; sys.path = {paths}; import zs3; sys.exit(zs3.main())"
     flags = sys.orig_argv[1 : -len(sys.argv)]
     os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
