@@ -65,6 +65,7 @@ import secrets
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -253,9 +254,14 @@ def http_date(seconds: int) -> str:
 
 def iso_date(seconds: float) -> str:
     """Seconds since the epoch as in XML: 1994-11-06T08:49:37.123Z."""
-    milliseconds = int(seconds * 1000)
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
-    return f"{whole}.{milliseconds % 1000:03d}Z"
+    whole, milliseconds = divmod(int(seconds * 1000), 1000)
+    return f"{iso_second(whole)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=4096)
+def iso_second(seconds: int) -> str:
+    """The part of iso_date up to the seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def parse_http_date(text: str) -> float | None:
@@ -283,14 +289,16 @@ def escape(text: str) -> str:
 
 
 def xml(**fields: object) -> Xml:
-    """<Name>value</Name> for each field, in order: one for each item of a list, none for None. Xml
-    stands as it is, True and False in lower case, anything else is escaped."""
-    pieces = []
+    """<Name>value</Name> for each field, in order: one for each item of a list, none for None. Text
+    is escaped; Xml stands as it is, and so do numbers; True and False in lower case."""
+    text = ""
     for name, value in fields.items():
-        for item in value if isinstance(value, list) else () if value is None else (value,):
-            text = item if type(item) is Xml else escape(str(item))
-            pieces.append(f"<{name}>{text.lower() if isinstance(item, bool) else text}</{name}>")
-    return Xml("".join(pieces))
+        for item in value if type(value) is list else (value,):
+            if type(item) is str:
+                text += f"<{name}>{escape(item)}</{name}>"
+            elif item is not None:
+                text += f"<{name}>{str(item).lower() if type(item) is bool else item}</{name}>"
+    return Xml(text)
 
 
 def xml_document(
@@ -812,7 +820,7 @@ class WireBody(io.RawIOBase):
             return 0
         try:
             return self._read(memoryview(buffer).cast("B"))
-        except TimeoutError:
+        except BlockingIOError:  # what a time-out is on the connections of section 11
             self.failed = True
             raise S3Error("RequestTimeout") from None
         except S3Error:
@@ -1330,12 +1338,12 @@ class PartInfo(NamedTuple):
     checksum: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ObjectInfo:
-    """What is known of an object. `etag` is without quotes; `modified` in seconds since the epoch;
-    `headers` are stored headers by lower-case name; `checksums` algorithm -> base64 (base64-N for a
-    composite one); `parts` and `upload_id` are those of the multipart upload it came from, if
-    any."""
+    """What is known of an object; not to be changed, but by replace(). `etag` is without quotes;
+    `modified` in seconds since the epoch; `headers` are stored headers by lower-case name;
+    `checksums` algorithm -> base64 (base64-N for a composite one); `parts` and `upload_id` are
+    those of the multipart upload it came from, if any."""
 
     key: str
     size: int
@@ -1473,12 +1481,23 @@ class Store(Protocol):
         """End what runs in the background."""
 
 
-class FileContent(io.FileIO):
+class FileContent:
     """An open file: whatever replaces it, it stays what it was."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def fileno(self) -> int:
+        """The file descriptor, for sendfile."""
+        return self._file
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
         """Ends early if somebody cuts the file short meanwhile."""
-        while length > 0 and (data := os.pread(self.fileno(), min(length, BLOCK_BYTES), start)):
+        while length > 0 and (data := os.pread(self._file, min(length, BLOCK_BYTES), start)):
             yield data
             start += len(data)
             length -= len(data)
@@ -1771,7 +1790,7 @@ class FileStore:
         """What _write_record wrote for an open file or a path; {} for one that somebody copied
         in."""
         try:
-            return json.loads(os.getxattr(file, self.XATTR))
+            return json.loads(os.getxattr(file, self.XATTR).decode())
         except (AttributeError, OSError):
             try:
                 with open(self._side_path(bucket, key, status), "rb") as side:
@@ -2408,7 +2427,7 @@ def refuse_headers(headers: Mapping[str, str]) -> None:
 def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of a request that its object keeps: x-amz-meta-* and those of STORED_HEADERS,
     without `aws-chunked`, which was the encoding of the request. MetadataTooLarge."""
-    kept = DEFAULT_HEADERS | {name: headers[name] for name in STORED_HEADERS if name in headers}
+    kept = {name: headers[name] for name in STORED_HEADERS if name in headers}
     codings = [coding.strip() for coding in kept.pop("content-encoding", "").split(",")]
     if rest := ", ".join(coding for coding in codings if coding not in ("", "aws-chunked")):
         kept["content-encoding"] = rest
@@ -3361,7 +3380,7 @@ def preflight(request: Request) -> Response:
 
 
 class Wire:
-    """The incoming bytes of a connection. Reading times out with the socket's TimeoutError."""
+    """The incoming bytes of a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -3487,12 +3506,16 @@ class Handler(BaseHTTPRequestHandler):
     ways."""
 
     server: Server
-    timeout = SOCKET_SECONDS
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Prepare to read the connection."""
+        """Prepare to read the connection. Time-outs are the kernel's, which saves a poll a call;
+        one that runs out is a BlockingIOError."""
         super().setup()
+        self.connection.setblocking(True)  # on macOS it is as the listening socket
+        limit = struct.pack("ll", int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.wire = Wire(self.connection)
 
     def handle(self) -> None:
@@ -3500,7 +3523,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while self._handle_next():
                 pass
-        except (ConnectionError, TimeoutError):
+        except (ConnectionError, BlockingIOError):
             LOG.debug("%s went away", self.client_address[0])
 
     def _handle_next(self) -> bool:
@@ -3548,7 +3571,7 @@ class Handler(BaseHTTPRequestHandler):
     def _respond(self, request: Request) -> Response:
         try:
             return self.server.service.respond(request)
-        except (ConnectionError, TimeoutError):
+        except (ConnectionError, BlockingIOError):
             raise
         except Exception:
             LOG.exception("%s %s (request %s)", request.method, request.path, request.id)
@@ -3588,9 +3611,9 @@ class Handler(BaseHTTPRequestHandler):
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
         content, start, length = body
-        if isinstance(content, FileContent) and length > SMALL_BYTES:
+        if isinstance(content, FileContent) and length > SMALL_BYTES and hasattr(os, "sendfile"):
             self.connection.sendall(head, socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0)
-            sent = self.connection.sendfile(content, start, length)
+            sent = self._send_file(content, start, length)
         else:
             sent = 0
             for data in content.chunks(start, length):
@@ -3602,6 +3625,17 @@ class Handler(BaseHTTPRequestHandler):
         if sent != length:
             LOG.warning("an object was cut short while it was sent")
             raise ConnectionError  # all that is left to say so
+
+    def _send_file(self, content: FileContent, start: int, length: int) -> int:
+        """Have the kernel send a range of a file; the number of bytes, fewer if it is cut short."""
+        sent = 0
+        while sent < length:
+            left = min(length - sent, GiB)
+            count = os.sendfile(self.connection.fileno(), content.fileno(), start + sent, left)
+            if not count:
+                break
+            sent += count
+        return sent
 
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, so that it reads our answer rather
