@@ -1,0 +1,3878 @@
+"""zs3_dist: the distributed mode of zs3. The same S3 API on every node; needs `blake3`.
+
+Bytes named by their hash need no vote, since one good copy proves itself; what needs a quorum is
+the record that maps bucket and key to hashes. A write cuts the body into blocks, stores each on
+three nodes (6), and changes the key's register at a majority of the bucket's owners (7). A read
+asks a majority for the record, then streams verified blocks from local disk or peers (8). The path
+of a peer's request: `DistributedStore.internal` (8) -> signature (4) -> fields checked (3) ->
+`Node.answer` (7), which never calls a peer. Background jobs (9, 10) are started by
+`DistributedStore.start`.
+
+Sections:
+
+     1 Limits
+     2 Ids and routing table
+     3 Messages
+     4 Peer connections
+     5 Lookups and providers
+     6 Blocks
+     7 Records and quorums
+     8 DistributedStore
+     9 Repair, tombstones, garbage
+    10 Joining and discovery
+    11 Opening
+
+On disk:
+
+    data/.node_id                160-bit identity of this disk, hex
+    data/.cas/ab/ab12...ef.blob  a block, named by the BLAKE3 of its bytes
+    data/.cas/bad/               blocks that did not match their name, set aside
+    data/.index/registers.db     what this node promised and accepted, and its views
+
+The registers are rows of one SQLite file, where a file per key would do: it gives a sorted scan
+from any key without an index in memory, a record and its block references in one transaction, a
+change log for catching up, and keys that no file name can spell. It costs half the time of a file
+written and renamed.
+
+Refused: more than MAX_OBJECT_BLOCKS blocks in one object (128 GiB); peers without the cluster's
+secret.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import bisect
+import collections
+import contextlib
+import errno
+import hashlib
+import hmac
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import zs3
+from zs3 import S3Error
+
+try:
+    from blake3 import blake3
+except ImportError as error:
+    raise SystemExit("zs3: distributed mode needs blake3: python -m pip install blake3") from error
+
+# ===== 1 Limits =====
+
+ID_BITS = 160  # node ids and targets (Kademlia, section 2)
+CONTACTS_PER_BUCKET = 20  # k (Kademlia, 2.2)
+CONTACTS_PER_ANSWER = 40  # 2 k: with k, dead ones could crowd out the last of the k live ones
+LOOKUP_WIDTH = 3  # alpha (Kademlia, 2.3)
+REFRESH_SECONDS = 3600.0  # a k-bucket not heard from is looked up (Kademlia, 2.3)
+PROVIDER_SECONDS = 86400.0  # a provider record lives so long (Kademlia, 2.5)
+REPUBLISH_SECONDS = 43200.0  # and is announced again so often: twice a life
+MAX_PROVIDERS = 50_000  # provider records kept; the oldest go first
+
+BLOCK_BYTES = 1 << 20  # small, so that dozens of clients' blocks in flight fit in 80 MB
+INLINE_BYTES = 4096  # a body up to this travels in its record
+MAX_OBJECT_BLOCKS = 131_072  # 128 GiB; their hashes make a record of 8 MB
+READ_AHEAD = 2  # blocks fetched and verified while one is being sent
+MESSAGE_BYTES = 12 << 20  # JSON of one message; a record of MAX_OBJECT_BLOCKS fits
+BATCH = 1000  # hashes or keys in one message
+PAGE_BYTES = 1 << 20  # answers of many entries stop after this much
+MAX_MEMBERS = 1000  # nodes in a view
+
+CONNECT_SECONDS = 2.0  # also how long one small answer may take
+BLOCK_SECONDS = 10.0  # how long storing or fetching one block may take
+LINGER_SECONDS = 0.5  # a third copy is waited for so long after two are there
+HEDGE_SECONDS = 0.05  # an answer later than this makes us ask one more peer
+SKIP_SECONDS = 10.0  # a peer that did not answer is asked last for so long, unless it is heard from
+JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to join its cluster
+SILENCE_SECONDS = (
+    5.0  # a change that waits for silent owners, rather than for other writers, so long
+)
+OPERATION_SECONDS = 12.0  # a change or read that is not settled by then is 503
+LATE_SECONDS = 30.0  # no message arrives later than this after its sender gave up
+BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
+IDLE_LINKS = 16  # kept-alive connections to one peer
+
+SCRUB_BYTES_PER_SECOND = (
+    8 << 20
+)  # how fast blocks are read again to see whether they are still good
+PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
+FORGET_ROUNDS = 10  # gossip intervals, and the tombstone grace: a member silent longer is forgotten
+CLOSING_SECONDS = 1.0  # a deletion of a bucket that takes longer may be undone by a PUT
+SCRUB_ROUNDS = 40  # gossip intervals between two readings of all blocks
+DISCOVERY_GROUP = ("239.255.90.83", 9083)  # UDP multicast, site-local (RFC 2365)
+DISCOVERY_SECONDS = 2.0  # between announcements; also how long a fresh node listens before founding
+
+LOG = logging.getLogger("zs3")
+
+# ===== 2 Ids and routing table =====
+
+
+class Contact(NamedTuple):
+    """Where a node is: its id (0 to 2**ID_BITS - 1) and "host:port" of its HTTP server."""
+
+    node: int
+    address: str
+
+    def as_json(self) -> list[str]:
+        """[40 hex digits, "host:port"], as on the wire and on disk."""
+        return [node_hex(self.node), self.address]
+
+
+def node_hex(node: int) -> str:
+    """40 hex digits."""
+    return f"{node:040x}"
+
+
+def target_of(name: bytes) -> int:
+    """The point of the id space that belongs to a name: the first 160 bits of its BLAKE3."""
+    return int.from_bytes(blake3(name).digest(ID_BITS // 8), "big")
+
+
+def block_target(block: str) -> int:
+    """The point of the id space that belongs to a block: the first 160 bits of its name."""
+    return int(block[: ID_BITS // 4], 16)
+
+
+def nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contact]:
+    """The `count` contacts with the smallest XOR distance to `target`, nearest first."""
+    return sorted(contacts, key=lambda contact: contact.node ^ target)[:count]
+
+
+def bucket_index(own: int, other: int) -> int:
+    """Which k-bucket of `own` holds `other`: the highest bit in which they differ, 0 to ID_BITS -
+    1.
+
+    The ids must differ. (Kademlia, 2.2)
+    """
+    return (own ^ other).bit_length() - 1
+
+
+class RoutingTable:
+    """k-buckets of contacts, least recently seen first. Pure: the clock is an argument; no locks.
+
+    Old contacts that still answer are kept and new ones wait, since a node that was up for long is
+    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)
+    """
+
+    def __init__(self, own: int) -> None:
+        self.own = own
+        self.buckets: list[dict[int, Contact]] = [{} for _ in range(ID_BITS)]
+        self.waiting: list[dict[int, Contact]] = [{} for _ in range(ID_BITS)]
+        self.heard = [0.0] * ID_BITS
+
+    def seen(self, contact: Contact, now: float) -> Contact | None:
+        """`contact` spoke to us. Returns the contact to ping before `contact` can have its
+        place."""
+        if contact.node == self.own:
+            return None
+        index = bucket_index(self.own, contact.node)
+        bucket, self.heard[index] = self.buckets[index], now
+        if bucket.pop(contact.node, None) is not None or len(bucket) < CONTACTS_PER_BUCKET:
+            bucket[contact.node] = contact
+            return None
+        waiting = self.waiting[index]
+        waiting.pop(contact.node, None)
+        if len(waiting) < CONTACTS_PER_BUCKET:
+            waiting[contact.node] = contact
+        return next(iter(bucket.values()))
+
+    def failed(self, contact: Contact) -> None:
+        """`contact` did not answer: the most recently seen waiting contact takes its place.
+
+        With nobody waiting it stays, so that a cut network cable does not empty the table.
+        """
+        if contact.node == self.own:
+            return
+        index = bucket_index(self.own, contact.node)
+        if contact.node in self.buckets[index] and self.waiting[index]:
+            del self.buckets[index][contact.node]
+            node, heir = self.waiting[index].popitem()
+            self.buckets[index][node] = heir
+
+    def contacts(self) -> list[Contact]:
+        """Everybody in the table."""
+        return [contact for bucket in self.buckets for contact in bucket.values()]
+
+    def closest(self, target: int, count: int = CONTACTS_PER_ANSWER) -> list[Contact]:
+        """The `count` known contacts nearest to `target`, nearest first."""
+        return nearest(self.contacts(), target, count)
+
+    def stale(self, now: float, pick: random.Random) -> list[int]:
+        """A random id in each used k-bucket that nobody in was heard from for REFRESH_SECONDS."""
+        return [
+            self.own ^ (1 << index) ^ pick.getrandbits(index)
+            for index, bucket in enumerate(self.buckets)
+            if bucket and now - self.heard[index] > REFRESH_SECONDS
+        ]
+
+
+# ===== 3 Messages =====
+
+# A ballot is 36 hex digits that compare as text: epoch of the view (8), counter (12), proposer
+# (16). "" stands below all of them. The epoch leads, so no straggler of an older view outranks a
+# newer one.
+BALLOT = re.compile(r"[0-9a-f]{36}")
+NODE = re.compile(r"[0-9a-f]{40}")
+HASH = re.compile(r"[0-9a-f]{64}")
+HASHES = re.compile(r"(?:[0-9a-f]{64})*")
+ADDRESS = re.compile(r"[0-9A-Za-z.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.%]{2,60}\]:[0-9]{1,5}")
+WRITE_ID = re.compile(r"[0-9a-f]{16}")
+BUCKET = re.compile(r"[a-z0-9.\-]{1,63}")
+MAX_COUNTER = 1 << 62
+MAX_KEY_BYTES = 1200  # S3's 1,024 and the prefix of an upload's parts
+
+Value = dict[str, Any]  # what a register holds: see `value_field`
+Message = dict[str, Any]
+Check = Callable[[Any], Any]  # returns the value as the handler wants it; ValueError refuses it
+
+
+def need(condition: object, what: str) -> None:
+    """ValueError unless `condition`: a field of a peer's message is not what it must be."""
+    if not condition:
+        raise ValueError(f"bad {what}")
+
+
+def text_field(pattern: re.Pattern[str], empty: bool = False) -> Check:
+    """A check for text that matches `pattern` whole, or is "" where that is allowed."""
+
+    def check(raw: Any) -> str:
+        need(isinstance(raw, str) and ((empty and not raw) or pattern.fullmatch(raw)), "text")
+        return cast(str, raw)
+
+    return check
+
+
+def number_field(raw: Any) -> int:
+    """A counter: 0 to MAX_COUNTER."""
+    need(type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
+    return cast(int, raw)
+
+
+def flag_field(raw: Any) -> bool:
+    """true or false."""
+    need(isinstance(raw, bool), "flag")
+    return cast(bool, raw)
+
+
+def key_field(raw: Any) -> str:
+    """An object key, or a prefix or start of keys; "" is the bucket's own register."""
+    need(isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key")
+    return cast(str, raw)
+
+
+def list_field(check: Check, limit: int = BATCH) -> Check:
+    """A check for a list of at most `limit` things that each pass `check`."""
+
+    def checked(raw: Any) -> list[Any]:
+        need(isinstance(raw, list) and len(raw) <= limit, "list")
+        return [check(one) for one in raw]
+
+    return checked
+
+
+def tuple_field(*checks: Check) -> Check:
+    """A check for a list with one thing for each of `checks`."""
+
+    def checked(raw: Any) -> tuple[Any, ...]:
+        need(isinstance(raw, list) and len(raw) == len(checks), "tuple")
+        return tuple(check(one) for check, one in zip(checks, raw, strict=True))
+
+    return checked
+
+
+def optional_field(check: Check) -> Check:
+    """A check for null or what passes `check`."""
+    return lambda raw: None if raw is None else check(raw)
+
+
+def contact_field(raw: Any) -> Contact:
+    """[node id, address]."""
+    node, address = tuple_field(text_field(NODE), text_field(ADDRESS))(raw)
+    return Contact(int(node, 16), address)
+
+
+def members_field(raw: Any) -> tuple[Contact, ...]:
+    """Contacts with distinct ids, sorted by id."""
+    contacts = list_field(contact_field, MAX_MEMBERS)(raw)
+    need(len({contact.node for contact in contacts}) == len(contacts), "members")
+    return tuple(sorted(contacts))
+
+
+def blocks_field(raw: Any) -> list[Any]:
+    """[[bytes, hashes joined], ...]: in a segment, each block but the last has BLOCK_BYTES."""
+    need(isinstance(raw, list) and len(raw) <= MAX_OBJECT_BLOCKS, "blocks")
+    for size, hashes in map(tuple_field(number_field, text_field(HASHES)), raw):
+        need(len(hashes) == 64 * -(-size // BLOCK_BYTES), "block count")
+    return cast(list[Any], raw)
+
+
+def info_field(raw: Any) -> Value:
+    """ObjectInfo.record()."""
+    need(isinstance(raw, dict), "record")
+    try:
+        zs3.ObjectInfo.from_record("", raw)
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ValueError("bad record") from problem
+    return cast(Value, raw)
+
+
+def parts_field(raw: Any) -> list[Any]:
+    """[[bytes, checksum], ...]: ObjectInfo.parts."""
+    need(isinstance(raw, list) and len(raw) <= zs3.MAX_PART_NUMBER, "parts")
+    for size, checksum in map(tuple_field(number_field, key_field), raw):
+        need(size >= 0 and len(checksum) <= 200, "part")
+    return cast("list[Any]", raw)
+
+
+def inline_field(raw: Any) -> str:
+    """Base64 of at most INLINE_BYTES."""
+    need(
+        isinstance(raw, str) and len(base64.b64decode(raw, validate=True)) <= INLINE_BYTES, "inline"
+    )
+    return cast(str, raw)
+
+
+def bucket_field(raw: Any) -> Value:
+    """{"created": seconds, "state": "open" or "deleting"}."""
+    need(isinstance(raw, dict) and set(raw) == {"created", "state"}, "bucket record")
+    need(isinstance(raw["created"], (int, float)) and raw["state"] in ("open", "deleting"), "state")
+    return cast(Value, raw)
+
+
+def view_json_field(raw: Any) -> Value:
+    """View.as_json()."""
+    View.from_json(raw)
+    return cast(Value, raw)
+
+
+VALUE_FIELDS: dict[str, Check] = {
+    "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
+    "base": text_field(BALLOT, empty=True),  # where what it replaced had been accepted
+    "info": info_field,  # an object: ObjectInfo.record()
+    "parts": parts_field,  # ObjectInfo.parts, which a listing does not show
+    "blocks": blocks_field,
+    "inline": inline_field,  # its bytes, when they are few
+    "bucket": bucket_field,  # a bucket
+    "view": view_json_field,  # the members of the next view
+}
+
+
+def value_field(raw: Any) -> Value:
+    """A register's value: {"id"} and, unless it is a tombstone, an object, a bucket or a view."""
+    need(isinstance(raw, dict) and "id" in raw and set(raw) <= set(VALUE_FIELDS), "value")
+    for name, one in raw.items():
+        VALUE_FIELDS[name](one)
+    return cast(Value, raw)
+
+
+EPOCH: dict[str, Check] = {"epoch": number_field}
+PLACE: dict[str, Check] = {**EPOCH, "bucket": text_field(BUCKET), "key": key_field}
+MESSAGES: dict[str, dict[str, Check]] = {
+    # message: its fields, each with its check. A field more or less is refused.
+    "hello": EPOCH,
+    "views": {"views": list_field(view_json_field)},
+    "find": {"target": text_field(NODE)},
+    "find_providers": {"hash": text_field(HASH)},
+    "provide": {"hashes": list_field(text_field(HASH))},
+    "prepare": {**PLACE, "ballot": text_field(BALLOT), "known": text_field(BALLOT, empty=True)},
+    "accept": {
+        **PLACE,
+        "ballot": text_field(BALLOT),
+        "value": value_field,
+        "chosen": flag_field,  # true: with this acceptance it is
+        "basis": optional_field(tuple_field(text_field(BALLOT), flag_field, value_field)),
+    },
+    "learn": {**PLACE, "ballot": text_field(BALLOT)},
+    "read": {**PLACE, "known": text_field(BALLOT, empty=True)},
+    "page": {
+        **EPOCH,
+        "bucket": text_field(BUCKET),
+        "prefix": key_field,
+        "start": key_field,
+        "delimiter": key_field,
+        "whole": flag_field,  # true: with the blocks, not only what a listing shows
+        "mark": text_field(
+            WRITE_ID, empty=True
+        ),  # only if the bucket's record is the one of that id
+    },
+    "buckets": EPOCH,
+    "changes": {**EPOCH, "since": number_field},
+    "values": {**EPOCH, "places": list_field(tuple_field(text_field(BUCKET), key_field))},
+    "buried": {
+        **EPOCH,
+        "graves": list_field(tuple_field(text_field(BUCKET), key_field, text_field(BALLOT))),
+    },
+    "used": {"hashes": list_field(text_field(HASH))},
+    "have": {"hashes": list_field(text_field(HASH)), "touch": flag_field},
+}
+
+
+def parse_message(name: str, body: bytes) -> Message:
+    """The checked fields of message `name`. ValueError when the body is not exactly that."""
+    fields = MESSAGES[name]
+    raw = json.loads(body)
+    need(isinstance(raw, dict) and set(raw) == set(fields), "fields")
+    return {field_name: check(raw[field_name]) for field_name, check in fields.items()}
+
+
+def pack(message: object) -> bytes:
+    """JSON as it goes over the wire."""
+    return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# ===== 4 Peer connections =====
+
+CLUSTER_ACCESS = "zs3-cluster"  # the access key in peers' signatures
+SIGNED_FIELDS = {"x-zs3-from", "x-zs3-to", "x-amz-content-sha256"}
+NOBODY = "0" * 40  # the receiver's id in a request to an address whose node is not known
+
+
+class Reply(NamedTuple):
+    """A peer's answer. `status` 0 means that none came."""
+
+    status: int
+    body: bytes = b""
+    proof: str = ""
+
+    def json(self) -> Message | None:
+        """The fields of a good answer, or None."""
+        return cast(Message, json.loads(self.body)) if self.status == 200 else None
+
+
+class Question(NamedTuple):
+    """One request to one peer. `path` is below /_zs3/; a raw body is not covered by the signature:
+    it is a block, and the signed path has its hash."""
+
+    to: Contact
+    path: str
+    body: bytes
+    raw: bool = False
+
+
+class Seal:
+    """Signs requests to peers and checks theirs: SigV4 under the cluster key.
+
+    The date of a peer's request is not compared with the clock, since a node whose clock is a day
+    off is still a member. What would be gained from the window is had otherwise: the receiver's id
+    is signed, so a request cannot be replayed to another node, and to replay one to the same node
+    changes nothing that a delayed duplicate could not (ballots order everything). Answers carry a
+    proof too.
+    """
+
+    def __init__(self, own: Contact, secret: str) -> None:
+        self.own = own
+        self.secret = hashlib.sha256(b"zs3 cluster\0" + secret.encode()).hexdigest()
+        self._key = bytes.fromhex(self.secret)
+        self._from = " ".join(own.as_json())
+
+    def request(self, question: Question) -> tuple[bytes, str]:
+        """Head of the HTTP request, and the signature that the answer must prove to have seen."""
+        path = "/_zs3/" + question.path
+        digest = "UNSIGNED-PAYLOAD" if question.raw else hashlib.sha256(question.body).hexdigest()
+        headers = zs3.sign_headers(
+            "POST",
+            path,
+            "",
+            {
+                "host": question.to.address,
+                "x-zs3-from": self._from,
+                "x-zs3-to": node_hex(question.to.node),
+            },
+            digest,
+            (CLUSTER_ACCESS, self.secret),
+            time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+        )
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        lines.append(f"content-length: {len(question.body)}\r\n\r\n")
+        return "\r\n".join(lines).encode(), headers["authorization"].rpartition("Signature=")[2]
+
+    def check(self, request: zs3.Request) -> tuple[Contact, str]:
+        """Who sent `request`, and its signature. S3Error unless it was signed for us by a peer."""
+        date = zs3.parse_amz_date(request.header("x-amz-date")) or 0.0
+        auth = zs3.authenticate(request, {CLUSTER_ACCESS: self.secret}, date)
+        if auth is None or SIGNED_FIELDS - set(auth.signed_headers.split(";")):
+            raise S3Error("AccessDenied")
+        if request.header("x-zs3-to") not in (node_hex(self.own.node), NOBODY):
+            raise S3Error("AccessDenied", "This request was meant for another node.")
+        return contact_field(request.header("x-zs3-from").split(" ")), auth.signature
+
+    def proof(self, signature: str, status: int, body: bytes) -> str:
+        """What only a holder of the cluster key can say about this answer to that request."""
+        return hmac.digest(
+            self._key, b"%s %d %s" % (signature.encode(), status, body), "sha256"
+        ).hex()
+
+
+class Link:
+    """One non-blocking connection to a peer: connecting, then sending a request, then receiving."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        # IPv4 first: "localhost" is often ::1 too, where nobody listens.
+        family, kind, protocol, _, target = min(found, key=lambda one: one[0] != socket.AF_INET)
+        self.socket = socket.socket(family, kind, protocol)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.fresh = True  # no request was answered over it yet
+        self.outgoing: list[memoryview] = []
+        self.incoming = bytearray()
+        with contextlib.suppress(BlockingIOError):  # in progress: the first write waits for it
+            self.socket.connect(target)
+
+    def begin(self, *parts: bytes) -> None:
+        """Start sending a request."""
+        self.outgoing = [memoryview(part) for part in parts if part]
+        self.incoming = bytearray()
+
+    def events(self) -> int:
+        """What to poll for."""
+        return select.POLLIN | (select.POLLOUT if self.outgoing else 0)
+
+    def pump(self) -> Reply | None:
+        """Send and receive what can be without waiting. The answer, once it is whole.
+
+        OSError when the connection is of no use any more.
+        """
+        while self.outgoing:
+            try:
+                sent = self.socket.sendmsg(self.outgoing)
+            except BlockingIOError:
+                break
+            while self.outgoing and sent >= len(self.outgoing[0]):
+                sent -= len(self.outgoing.pop(0))
+            if sent:
+                self.outgoing[0] = self.outgoing[0][sent:]
+        return self._receive()
+
+    def _receive(self) -> Reply | None:
+        while True:
+            try:
+                some = self.socket.recv(1 << 18)
+            except BlockingIOError:
+                return None
+            if not some:
+                raise ConnectionResetError("closed by the peer")
+            self.incoming += some
+            if len(self.incoming) > MESSAGE_BYTES + 65536:
+                raise ConnectionAbortedError("answer too large")
+            reply = parse_reply(self.incoming)
+            if reply is not None:
+                self.fresh = False
+                return reply
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self.socket.close()
+
+
+REPLY_LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9})\r\n", re.IGNORECASE)
+REPLY_PROOF = re.compile(rb"\r\nx-zs3-proof: *([0-9a-f]{64})\r\n", re.IGNORECASE)
+
+
+def parse_reply(data: bytearray) -> Reply | None:
+    """The HTTP answer in `data` (ours always have a Content-Length), or None while it is not
+    whole."""
+    end = data.find(b"\r\n\r\n", 0, 65536)
+    if end < 0:
+        return None
+    length = REPLY_LENGTH.search(data, 0, end + 2)
+    if length is None:
+        raise ConnectionAbortedError("answer without a length")
+    if len(data) < end + 4 + int(length.group(1)):
+        return None
+    proof = REPLY_PROOF.search(data, 0, end + 2)
+    return Reply(int(data[9:12]), bytes(data[end + 4 :]), proof.group(1).decode() if proof else "")
+
+
+class Call:
+    """One question on its way over one link."""
+
+    def __init__(self, question: Question, link: Link, seal: Seal) -> None:
+        self.question, self.link, self.seal = question, link, seal
+        self.head, self.signature = seal.request(question)
+        link.begin(self.head, question.body)
+
+    def again(self, link: Link) -> None:
+        """Send it once more: the kept-alive connection had been closed. Messages are idempotent."""
+        self.link = link
+        link.begin(self.head, self.question.body)
+
+    def good(self, reply: Reply) -> bool:
+        """Did the answer come from a holder of the cluster key? A block proves itself."""
+        if self.question.path.startswith("fetch/") and reply.status == 200:
+            return True
+        proof = self.seal.proof(self.signature, reply.status, reply.body)
+        return hmac.compare_digest(proof, reply.proof)
+
+
+Enough = Callable[[Mapping[int, Reply]], bool]
+
+
+class Peers:
+    """Asks peers in parallel over kept-alive connections, from the calling thread.
+
+    A peer that does not answer in time is asked last for SKIP_SECONDS, unless it is heard from.
+    """
+
+    def __init__(self, seal: Seal) -> None:
+        self.seal = seal
+        self._lock = threading.Lock()  # guards _idle, _skipped, _late
+        self._idle: dict[str, list[Link]] = {}
+        self._skipped: dict[int, float] = {}  # node -> monotonic time until which
+        self._late: list[tuple[float, Call]] = []
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_write.setblocking(False)
+        self.closed = False
+        threading.Thread(target=self._collect_late, name="zs3-late", daemon=True).start()
+
+    def skipped(self, node: int) -> bool:
+        """Did it fail to answer lately?"""
+        return self._skipped.get(node, 0.0) > time.monotonic()
+
+    def heard(self, node: int) -> None:
+        """It spoke: ask it again at once."""
+        if node in self._skipped:
+            with self._lock:
+                self._skipped.pop(node, None)
+
+    def ask(
+        self,
+        questions: Sequence[Question],
+        enough: Enough,
+        first: int,
+        seconds: float,
+        linger: float = 0,
+    ) -> dict[int, Reply]:
+        """Answers by node id; those that failed have status 0, those not waited for are missing.
+
+        `first` questions are asked at once, one more for each that fails or takes HEDGE_SECONDS. It
+        ends when `enough` says so (and `linger` seconds later for the rest), or all answered or
+        timed out.
+        """
+        return Exchange(self, questions, enough, first, seconds, linger).run()
+
+    def take(self, address: str) -> Link:
+        """A connection to `address`, kept alive or new. OSError when there can be none."""
+        with self._lock:
+            idle = self._idle.get(address, [])
+            while idle:
+                link = idle.pop()
+                with contextlib.suppress(BlockingIOError):  # nothing to read: it is alive
+                    link.socket.recv(1)  # end of file, or bytes nobody asked for
+                    link.close()
+                    continue
+                return link
+        return Link(address)
+
+    def give(self, address: str, link: Link) -> None:
+        """Keep a connection whose answer was read."""
+        with self._lock:
+            idle = self._idle.setdefault(address, [])
+            if len(idle) < IDLE_LINKS and not self.closed:
+                idle.append(link)
+                return
+        link.close()
+
+    def fail(self, node: int) -> None:
+        """It did not answer in time."""
+        with self._lock:
+            self._skipped[node] = time.monotonic() + SKIP_SECONDS
+
+    def later(self, deadline: float, calls: Iterable[Call]) -> None:
+        """Hand over calls whose answers nobody waits for, so that their connections live on."""
+        with self._lock:
+            self._late += [(deadline, call) for call in calls]
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
+            self._wake_write.send(b"x")
+
+    def _collect_late(self) -> None:
+        while not self.closed:
+            poller = select.poll()
+            poller.register(self._wake_read, select.POLLIN)
+            with self._lock:
+                late = list(self._late)
+            for _, call in late:
+                poller.register(call.link.socket, call.link.events())
+            ready = {fd for fd, _ in poller.poll(250 if late else 2000)}
+            if self._wake_read.fileno() in ready:
+                self._wake_read.recv(4096)
+            done = {id(call) for deadline, call in late if self._finished(deadline, call, ready)}
+            with self._lock:
+                self._late = [item for item in self._late if id(item[1]) not in done]
+
+    def _finished(self, deadline: float, call: Call, ready: Collection[int]) -> bool:
+        """Move one late call on; True when it is over."""
+        try:
+            if call.link.socket.fileno() in ready:
+                if call.link.pump() is None:
+                    return False
+                self.give(call.question.to.address, call.link)
+                self.heard(call.question.to.node)
+                return True
+        except OSError:
+            call.link.close()  # the peer went away; whoever needs it next will notice
+            return True
+        if time.monotonic() < deadline:
+            return False
+        call.link.close()
+        self.fail(call.question.to.node)
+        return True
+
+    def close(self) -> None:
+        """Close all kept-alive connections."""
+        self.closed = True
+        with self._lock:
+            links = [link for idle in self._idle.values() for link in idle]
+            self._idle.clear()
+        self._wake_write.send(b"x")
+        for link in links:
+            link.close()
+
+
+class Exchange:
+    """One `Peers.ask`: questions on their way and the answers so far."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        questions: Sequence[Question],
+        enough: Enough,
+        first: int,
+        seconds: float,
+        linger: float,
+    ) -> None:
+        self.peers, self.enough, self.first, self.linger = peers, enough, first, linger
+        self.queue = collections.deque(questions)
+        self.deadline = time.monotonic() + seconds
+        self.hedge = time.monotonic() + HEDGE_SECONDS
+        self.calls: dict[int, Call] = {}  # file descriptor -> call
+        self.answers: dict[int, Reply] = {}
+        self.poller = select.poll()
+
+    def run(self) -> dict[int, Reply]:
+        """Ask until enough is known."""
+        for _ in range(min(self.first, len(self.queue))):
+            self._start()
+        while (self.calls or self.queue) and not self.enough(self.answers):
+            self._step(self.deadline)
+        stop = min(self.deadline, time.monotonic() + self.linger)
+        while self.linger and self.calls and time.monotonic() < stop:
+            self._step(stop)
+        self._leave()
+        return self.answers
+
+    def _leave(self) -> None:
+        unsent = [call for call in self.calls.values() if call.link.outgoing]
+        for call in unsent:
+            call.link.close()
+            self.peers.fail(call.question.to.node)
+        sent = [call for call in self.calls.values() if not call.link.outgoing]
+        if sent:
+            self.peers.later(self.deadline, sent)
+        if self.linger:
+            for call in sent:
+                self.peers.fail(call.question.to.node)
+
+    def _step(self, stop: float) -> None:
+        now = time.monotonic()
+        if not self.calls or (self.queue and now >= self.hedge):
+            self._start()
+        if now >= self.deadline:
+            for call in list(self.calls.values()):
+                self._fail(call)
+            self.queue.clear()
+            return
+        until = min(stop, self.hedge) if self.queue else stop
+        for fd, _ in self.poller.poll(max(1.0, (until - now) * 1000) if self.calls else 0):
+            if fd in self.calls:
+                self._pump(fd)
+
+    def _start(self) -> None:
+        if not self.queue:
+            return
+        question = self.queue.popleft()
+        self.hedge = time.monotonic() + HEDGE_SECONDS
+        try:
+            call = Call(question, self.peers.take(question.to.address), self.peers.seal)
+        except OSError:
+            self.answers[question.to.node] = Reply(0)
+            self.peers.fail(question.to.node)
+            return self._start()
+        self._watch(call)
+
+    def _watch(self, call: Call) -> None:
+        fd = call.link.socket.fileno()
+        self.calls[fd] = call
+        self.poller.register(fd, call.link.events())
+        self._pump(fd)
+
+    def _pump(self, fd: int) -> None:
+        call = self.calls[fd]
+        try:
+            reply = call.link.pump()
+        except OSError:
+            return self._broken(call)
+        if reply is None:
+            self.poller.modify(fd, call.link.events())
+            return
+        self._drop(call)
+        self.peers.give(call.question.to.address, call.link)
+        if not call.good(reply):
+            reply = Reply(0)
+        self.answers[call.question.to.node] = reply
+        if reply.status:
+            self.peers.heard(call.question.to.node)
+        if reply.status != 200:
+            self._start()
+
+    def _broken(self, call: Call) -> None:
+        """The connection broke: if it was a kept-alive one, try a new one, else there is no
+        answer."""
+        if call.link.fresh:
+            return self._fail(call)
+        self._drop(call)
+        call.link.close()
+        try:
+            call.again(Link(call.question.to.address))
+        except OSError:
+            self.answers[call.question.to.node] = Reply(0)
+            return
+        self._watch(call)
+
+    def _fail(self, call: Call) -> None:
+        self._drop(call)
+        call.link.close()
+        self.answers[call.question.to.node] = Reply(0)
+        self.peers.fail(call.question.to.node)
+        if time.monotonic() < self.deadline:
+            self._start()
+
+    def _drop(self, call: Call) -> None:
+        fd = call.link.socket.fileno()
+        del self.calls[fd]
+        self.poller.unregister(fd)
+
+
+# ===== 5 Lookups and providers =====
+
+Lookup = Generator[list[Contact], Mapping[int, "list[Contact] | None"], list[Contact]]
+
+
+def lookup(
+    target: int, start: Iterable[Contact], own: int, count: int = CONTACTS_PER_BUCKET
+) -> Lookup:
+    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3)
+
+    A generator: yields the contacts to ask in a round, is sent {node: contacts it knows, None if it
+    did not answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought
+    nobody nearer, all of the nearest that were not asked yet.
+    """
+    known = {contact.node: contact for contact in start if contact.node != own}
+    asked: set[int] = set()
+    width = LOOKUP_WIDTH
+    while True:
+        best = nearest(known.values(), target, count)
+        todo = [contact for contact in best if contact.node not in asked][:width]
+        if not todo:
+            return best
+        asked |= {contact.node for contact in todo}
+        answers = yield todo
+        for node, found in answers.items():
+            if found is None:
+                known.pop(node, None)
+                continue
+            for contact in found:
+                if contact.node != own and contact.node not in asked:
+                    known.setdefault(contact.node, contact)
+        after = nearest(known.values(), target, 1)
+        width = LOOKUP_WIDTH if after[:1] != best[:1] else count
+
+
+class Providers:
+    """Who said that it holds which block, and when. The clock is an argument."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _records
+        self._records: collections.OrderedDict[tuple[str, int], tuple[Contact, float]] = (
+            collections.OrderedDict()
+        )
+        self._holders: dict[str, set[int]] = {}
+
+    def add(self, block: str, holder: Contact, now: float) -> None:
+        """`holder` announced `block`."""
+        with self._lock:
+            self._records[block, holder.node] = (holder, now)
+            self._records.move_to_end((block, holder.node))
+            self._holders.setdefault(block, set()).add(holder.node)
+            if len(self._records) > MAX_PROVIDERS:
+                self._forget(next(iter(self._records)))
+
+    def get(self, block: str, now: float) -> list[Contact]:
+        """Holders of `block` announced within PROVIDER_SECONDS."""
+        with self._lock:
+            records = [self._records[block, node] for node in self._holders.get(block, ())]
+        return [holder for holder, since in records if now - since < PROVIDER_SECONDS]
+
+    def expire(self, now: float) -> int:
+        """Forget what is older than PROVIDER_SECONDS. Returns how many records that were."""
+        with self._lock:
+            old = []
+            for place, (_, since) in self._records.items():
+                if now - since < PROVIDER_SECONDS:
+                    break
+                old.append(place)
+            for place in old:
+                self._forget(place)
+        return len(old)
+
+    def _forget(self, place: tuple[str, int]) -> None:
+        block, node = place
+        del self._records[place]
+        self._holders[block].discard(node)
+        if not self._holders[block]:
+            del self._holders[block]
+
+
+# ===== 6 Blocks =====
+
+
+def block_hash(data: bytes | bytearray | memoryview) -> str:
+    """The name of a block: BLAKE3, 256 bits, hex."""
+    return blake3(data).hexdigest()
+
+
+class Blocks:
+    """Blocks on this node's disk, each in a file named by its hash. One rename makes a block
+    visible.
+
+    A block's touch time is its file's mtime: garbage collection leaves alone what was touched
+    lately.
+    """
+
+    def __init__(self, root: Path, fsync: bool = False) -> None:
+        self.root, self.fsync = root, fsync
+        self.bad = root / "bad"
+        self.bad.mkdir(parents=True, exist_ok=True)
+        self._locks = [
+            threading.Lock() for _ in range(64)
+        ]  # each guards the existence of 1/64 of the blocks
+        self._count_lock = threading.Lock()  # guards count and total_bytes
+        self.count = 0
+        self.total_bytes = 0
+        for orphan in root.glob("*.tmp"):  # a write that was cut off
+            orphan.unlink(missing_ok=True)
+
+    def path(self, block: str) -> Path:
+        """data/.cas/ab/ab12...ef.blob"""
+        return self.root / block[:2] / f"{block}.blob"
+
+    def _lock(self, block: str) -> threading.Lock:
+        return self._locks[int(block[:2], 16) % 64]
+
+    def _counted(self, blocks: int, size: int) -> None:
+        with self._count_lock:
+            self.count += blocks
+            self.total_bytes += size
+
+    def put(self, block: str, data: bytes) -> None:
+        """Store `data`, whose hash the caller has computed. Stored already: it is touched. OSError:
+        disk."""
+        path = self.path(block)
+        if self.touch(block):
+            with contextlib.suppress(FileNotFoundError):
+                if path.read_bytes() == data:
+                    return
+        temporary = self.root / f"{block}.{secrets.token_hex(4)}.tmp"
+        try:
+            self._write(temporary, data)
+            with self._lock(block):
+                new = not path.exists()
+                temporary.replace(path)
+        except FileNotFoundError:
+            path.parent.mkdir(exist_ok=True)
+            return self.put(block, data)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        if self.fsync:
+            sync_folder(path.parent)
+        if new:
+            self._counted(1, len(data))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with open(path, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            if self.fsync:
+                os.fsync(file.fileno())
+
+    def get(self, block: str) -> bytes | None:
+        """The block's bytes, verified; None when it is not here. A bad one is set aside first."""
+        try:
+            data = self.path(block).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as problem:  # a sector that cannot be read is as good as absent
+            LOG.warning("block %s cannot be read: %s", block, problem)
+            return None
+        if block_hash(data) == block:
+            return data
+        self._set_aside(block, len(data))
+        return None
+
+    def _set_aside(self, block: str, size: int) -> None:
+        LOG.warning("block %s does not match its name: set aside", block)
+        with self._lock(block), contextlib.suppress(FileNotFoundError):
+            self.path(block).replace(self.bad / block)
+            self._counted(-1, -size)
+
+    def touch(self, block: str) -> bool:
+        """Mark the block as wanted now. False when it is not here."""
+        with self._lock(block):
+            try:
+                os.utime(self.path(block))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def has(self, block: str) -> bool:
+        """Is there a file of that name?"""
+        return self.path(block).exists()
+
+    def touched(self, block: str) -> float | None:
+        """When it was last touched, wall clock of this disk; None when it is not here."""
+        try:
+            return self.path(block).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def remove(self, block: str, touched: float) -> int:
+        """Remove the block unless something touched it since `touched`. Returns the bytes freed.
+
+        The last look and the unlink are under the hash's lock, as is the touch in `put`: a PUT that
+        met the block either touched it before, and it stays, or finds it gone, and writes it.
+        """
+        path = self.path(block)
+        with self._lock(block):
+            try:
+                status = path.stat()
+                if status.st_mtime != touched:
+                    return 0
+                path.unlink()
+            except FileNotFoundError:
+                return 0
+        self._counted(-1, -status.st_size)
+        return status.st_size
+
+    def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
+        """(hash, bytes) of every block whose name is greater than `after`, sorted."""
+        for folder in sorted(self.root.iterdir()):
+            if len(folder.name) != 2 or folder.name < after[:2]:
+                continue
+            with os.scandir(folder) as entries:
+                names = sorted(e.name[:64] for e in entries if e.name.endswith(".blob"))
+            for block in names[bisect.bisect_right(names, after) :]:
+                with contextlib.suppress(FileNotFoundError):
+                    yield block, self.path(block).stat().st_size
+
+    def recount(self) -> None:
+        """Set the counts from what is on the disk."""
+        count = size = 0
+        for _, one in self.walk():
+            count, size = count + 1, size + one
+        with self._count_lock:
+            self.count, self.total_bytes = count, size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Pins:
+    """Blocks that an operation on this node is using, so that nobody collects them: a PUT whose
+    record is not written yet, a copy, a GET that is still sending."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _counts
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def __contains__(self, block: str) -> bool:
+        return block in self._counts
+
+    def add(self, blocks: Iterable[str]) -> None:
+        """Use these blocks; each call wants one `drop`."""
+        with self._lock:
+            self._counts.update(blocks)
+
+    def list(self) -> list[str]:
+        """All that are in use."""
+        with self._lock:
+            return [*self._counts]
+
+    def drop(self, blocks: Iterable[str]) -> None:
+        """They are not used any more by one that added them."""
+        with self._lock:
+            for block in blocks:
+                self._counts[block] -= 1
+                if self._counts[block] <= 0:
+                    del self._counts[block]
+
+
+# ===== 7 Records and quorums =====
+
+# Why an acknowledged change cannot be lost, nor a deleted key come back.
+#
+# Within one view this is CASPaxos (Rystsov, 2018): a register per key, its acceptors the owners of
+# the bucket. A ballot is used by one proposer for one value (`Ballots`). An acceptor keeps on disk
+# what it promised and accepted before it answers; two majorities meet; so once a value is chosen,
+# every later prepare finds it or something that followed it.
+#
+# Between views. View e+1 is itself chosen by a register, whose acceptors are all members of view e,
+# so there is one history of views. A node in view e refuses messages of another epoch, under the
+# lock that also guards the change of its view (`Registers.fence`). A change of members first makes
+# a *joint* view with `previous` set: each quorum then needs its number among the owners under
+# `members` and among the owners under `previous`. Take a value chosen in view e and a later view f:
+#   f is joint and e is its last stable view or a joint view after it: the quorum among the previous
+#       owners meets the one that chose the value.
+#   f is stable, the end of a joint view: it was proposed only when, but for fewer than a read
+# quorum, all members had pulled every register from all, but for fewer than a change quorum, of the
+# previous owners, each of which had entered the joint view before it answered (section 9). So for
+# any bucket each read quorum of f has a member that pulled from somebody who had the value; or who
+#       had not, and was fenced, so that the value can never have been chosen.
+# A straggler of view e that still gets something accepted somewhere does so with a ballot of epoch
+# e, which every ballot of a later view outranks. What is pulled is accepted under the same rule as
+# an accept message (not below the promise), of which it is a duplicate; or it is known to be
+# chosen.
+#
+# A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
+# One that was forgotten by the others finds itself outside the view, drops its registers and joins
+# anew.
+
+UPLOADS = ".uploads"  # zs3's bucket of uploads in progress; it always exists
+VIEWS = ".views"  # the bucket of the registers that decide views; its key is the epoch
+
+Group = tuple[Contact, ...]
+Groups = tuple[Group, ...]
+
+
+def change_quorum(owners: int) -> int:
+    """How many of so many owners must accept: a majority."""
+    return owners // 2 + 1
+
+
+def read_quorum(owners: int) -> int:
+    """How many answers meet every change quorum: a majority of three, either of two."""
+    return owners - change_quorum(owners) + 1
+
+
+def covers(groups: Groups, nodes: Collection[int], quorum: Callable[[int], int]) -> bool:
+    """Do `nodes` have a quorum in each of the groups?"""
+    return all(sum(c.node in nodes for c in group) >= quorum(len(group)) for group in groups)
+
+
+@dataclass(frozen=True)
+class View:
+    """The members of the cluster, and while owners change, also who they were before."""
+
+    cluster: str  # 16 hex digits, drawn by the founder: two clusters never mix
+    epoch: int
+    replicas: int  # owners of a bucket and holders of a block
+    members: Group
+    previous: Group = ()
+    _groups: dict[str, Groups] = field(default_factory=dict, compare=False, repr=False)
+
+    def groups(self, bucket: str) -> Groups:
+        """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
+        previous owners. For VIEWS, all members."""
+        if bucket not in self._groups:
+            target = target_of(bucket.encode())
+            count = MAX_MEMBERS if bucket == VIEWS else self.replicas
+            chosen = [
+                nearest(nodes, target, count) for nodes in (self.members, self.previous) if nodes
+            ]
+            self._groups[bucket] = tuple(map(tuple, chosen))
+        return self._groups[bucket]
+
+    def owns(self, node: int, bucket: str) -> bool:
+        """Is `node` one of the owners of `bucket` (not: was it)?"""
+        return any(contact.node == node for contact in self.groups(bucket)[0])
+
+    def asks(self, node: int, bucket: str) -> bool:
+        """Is `node` an owner of `bucket`, or while owners change, was it?"""
+        return any(contact.node == node for group in self.groups(bucket) for contact in group)
+
+    def member(self, node: int) -> Contact | None:
+        """The member of that id."""
+        return next((contact for contact in self.members if contact.node == node), None)
+
+    def everybody(self) -> list[Contact]:
+        """Members, and previous ones that are no longer."""
+        here = {contact.node for contact in self.members}
+        return [*self.members, *(c for c in self.previous if c.node not in here)]
+
+    def with_members(self, members: Iterable[Contact]) -> View:
+        """The view that should follow: joint, unless only addresses changed."""
+        after = tuple(sorted(members))
+        same = {contact.node for contact in after} == {contact.node for contact in self.members}
+        previous = self.previous if same or self.previous else self.members
+        return View(self.cluster, self.epoch + 1, self.replicas, after, previous)
+
+    def alone(self) -> View:
+        """The same without the previous owners, of whom the operator says that they are gone."""
+        return View(self.cluster, self.epoch, self.replicas, self.members)
+
+    def settled(self) -> View:
+        """The view that ends this joint one."""
+        return View(self.cluster, self.epoch + 1, self.replicas, self.members)
+
+    def as_json(self) -> Value:
+        """As on the wire and on disk."""
+        return {
+            "cluster": self.cluster,
+            "epoch": self.epoch,
+            "replicas": self.replicas,
+            "members": [contact.as_json() for contact in self.members],
+            "previous": [contact.as_json() for contact in self.previous],
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any) -> View:
+        """ValueError unless it is `as_json` of some view."""
+        names = {"cluster", "epoch", "replicas", "members", "previous"}
+        need(isinstance(raw, dict) and set(raw) == names, "view")
+        need(1 <= number_field(raw["replicas"]) <= CONTACTS_PER_BUCKET, "replicas")
+        return cls(
+            text_field(WRITE_ID)(raw["cluster"]),
+            number_field(raw["epoch"]),
+            raw["replicas"],
+            members_field(raw["members"]),
+            members_field(raw["previous"]),
+        )
+
+
+class Ballots:
+    """Makes ballots that nobody else makes: a Lamport counter and a name drawn when the process
+    started."""
+
+    def __init__(self, node: int) -> None:
+        self._lock = threading.Lock()  # guards _counter
+        self._counter = 0
+        self.proposer = node_hex(node)[:8] + secrets.token_hex(4)
+
+    def next(self, epoch: int) -> str:
+        """Above all that was seen in this epoch."""
+        with self._lock:
+            self._counter += 1
+            return f"{epoch:08x}{self._counter:012x}{self.proposer}"
+
+    def observe(self, ballot: str) -> None:
+        """Somebody uses `ballot`."""
+        counter = int(ballot[8:20], 16)
+        if counter > self._counter:
+            with self._lock:
+                self._counter = max(self._counter, counter)
+
+
+def live(value: Value | None) -> Value | None:
+    """The value, or None when it is a tombstone."""
+    return None if value is None or value.keys() <= {"id", "base"} else value
+
+
+def tombstone() -> Value:
+    """The value of a key that was deleted."""
+    return {"id": secrets.token_hex(8)}
+
+
+def blocks_of(value: Value | None) -> list[str]:
+    """The hashes of an object's blocks, in order."""
+    segments = value.get("blocks", ()) if value else ()
+    return [joined[i : i + 64] for _, joined in segments for i in range(0, len(joined), 64)]
+
+
+class Slot(NamedTuple):
+    """What one owner knows of one register."""
+
+    promised: str = ""
+    accepted: str = ""
+    chosen: bool = False  # known to have been accepted by a change quorum
+    value: Value | None = None
+
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS registers (
+    bucket TEXT NOT NULL, key BLOB NOT NULL,   -- key is UTF-8: its order is S3's
+    promised TEXT NOT NULL, accepted TEXT NOT NULL, chosen INTEGER NOT NULL,
+    live INTEGER NOT NULL,                     -- 0: a tombstone, or nothing accepted
+    head TEXT, tail TEXT,                      -- JSON of the value: what listings show, the rest
+    seq INTEGER, since REAL,                   -- place in the change log; when, wall clock
+    PRIMARY KEY (bucket, key));
+CREATE INDEX IF NOT EXISTS changes ON registers (seq) WHERE seq IS NOT NULL;
+CREATE INDEX IF NOT EXISTS graves ON registers (since) WHERE live = 0 AND accepted != '';
+CREATE TABLE IF NOT EXISTS refs (              -- which keys' accepted values name a block
+    hash BLOB NOT NULL, bucket TEXT NOT NULL, key BLOB NOT NULL,
+    PRIMARY KEY (hash, bucket, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS floors (            -- a key without a row promised this
+    bucket TEXT PRIMARY KEY, ballot TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS views (             -- every view of the cluster, up to the one we are in
+    epoch INTEGER PRIMARY KEY, view TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+WRITE = """
+INSERT INTO registers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (bucket, key) DO UPDATE SET
+    promised = excluded.promised, accepted = excluded.accepted, chosen = excluded.chosen,
+    live = excluded.live, head = excluded.head, tail = excluded.tail,
+    seq = excluded.seq, since = excluded.since
+"""
+TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
+
+
+class Database(sqlite3.Connection):
+    """SQLite whose disk errors are those of the disk: OSError, as for any other file."""
+
+    def execute(self, *query: Any) -> sqlite3.Cursor:
+        """See sqlite3.Connection."""
+        try:
+            return super().execute(*query)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+
+    def executemany(self, *query: Any) -> sqlite3.Cursor:
+        """See sqlite3.Connection."""
+        try:
+            return super().executemany(*query)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+
+
+class Registers:
+    """The registers on this node's disk, and its view. Every method is atomic and durable when it
+    returns."""
+
+    def __init__(self, own: int, path: str, fsync: bool = False) -> None:
+        self.own = own
+        self._lock = threading.RLock()  # guards the database and the fields below
+        self._bases: dict[str, list[Any]] = {}  # `basis` of buckets, remembered
+        self._db = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, factory=Database
+        )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        # OFF survives the death of the process; FULL that of the machine.
+        self._db.execute(f"PRAGMA synchronous={'FULL' if fsync else 'OFF'}")
+        self._db.executescript(SCHEMA)
+        self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM registers")
+        self._count()
+        last = self._one("SELECT view FROM views ORDER BY epoch DESC LIMIT 1")
+        self.view = View.from_json(json.loads(last)) if last else None
+        self.synced = int(self.meta("synced") or 0)  # the epoch for which all was pulled
+
+    def _count(self) -> None:
+        self.objects = self._one(
+            "SELECT COUNT(*) FROM registers WHERE live = 1 AND key != x'' AND bucket NOT LIKE '.%'"
+        )
+
+    def _one(self, query: str, *values: object) -> Any:
+        row = self._db.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    def meta(self, name: str) -> str | None:
+        """A setting kept beside the registers."""
+        with self._lock:
+            return cast("str | None", self._one("SELECT value FROM meta WHERE name = ?", name))
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Keep a setting."""
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def adopt(self, views: Iterable[View]) -> bool:
+        """Enter those of `views`, oldest first, that follow ours one by one. True if there was one.
+
+        None is left out: with each that ends a change of owners, the registers that this node does
+        not own any more are dropped. It might own them again later, when their tombstones are long
+        forgotten. ValueError when they are another cluster's.
+        """
+        entered = False
+        with self._lock:
+            for view in views:
+                need(self.view is None or view.cluster == self.view.cluster, "cluster")
+                if self.view is not None and view.epoch == self.view.epoch + 1:
+                    self._enter(view)
+                    entered = True
+        return entered
+
+    def _enter(self, view: View) -> None:
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO views VALUES (?, ?)",
+                (view.epoch, json.dumps(view.as_json())),
+            )
+            if not view.previous:
+                for bucket in self._buckets():
+                    if not view.owns(self.own, bucket):
+                        self._drop_bucket(bucket)
+        self.view = view
+        if not view.previous:
+            self._count()
+
+    def _buckets(self) -> list[str]:
+        return [
+            row[0] for row in self._db.execute("SELECT DISTINCT bucket FROM registers").fetchall()
+        ]
+
+    def _drop_bucket(self, bucket: str) -> None:
+        for table in ("registers", "refs", "floors"):
+            self._db.execute(f"DELETE FROM {table} WHERE bucket = ?", (bucket,))
+        self._bases.pop(bucket, None)
+
+    def install(self, views: Sequence[View]) -> None:
+        """Begin anew with the history of a cluster that this node is not a member of: it takes the
+        others' word, and keeps no register."""
+        with self._lock:
+            with self._transaction():
+                for table in ("registers", "refs", "floors", "meta", "views"):
+                    self._db.execute(f"DELETE FROM {table}")
+                self._db.executemany(
+                    "INSERT INTO views VALUES (?, ?)",
+                    ((view.epoch, json.dumps(view.as_json())) for view in views),
+                )
+            self._bases.clear()
+            self.view, self.objects, self.synced = views[-1], 0, 0
+
+    def views_after(self, epoch: int) -> list[Value]:
+        """The views after `epoch`, oldest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?", (epoch, BATCH)
+            ).fetchall()
+        return [json.loads(row[0]) for row in rows]
+
+    def set_synced(self, epoch: int) -> None:
+        """All that previous owners knew before `epoch` has been pulled."""
+        with self._lock:
+            self.set_meta("synced", str(epoch))
+            self.synced = epoch
+
+    def fence(self, epoch: int) -> Message | None:
+        """The refusal of a message of another epoch than ours; None when it is the same."""
+        if self.view is None or epoch > self.view.epoch:
+            return {"behind": self.view.epoch if self.view else 0}
+        return {"views": self.views_after(epoch)} if epoch < self.view.epoch else None
+
+    def slot(self, bucket: str, key: str, known: str = "") -> Slot:
+        """What is known here of one register; without the value if it is the one accepted at
+        `known`."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT promised, accepted, chosen, head, tail FROM registers"
+                " WHERE bucket = ? AND key = ?",
+                (bucket, key.encode()),
+            ).fetchone()
+            if row is None:
+                return Slot(promised=self.floor(bucket))
+        promised, accepted, chosen, head, tail = row
+        value = None
+        if head and accepted != known:
+            value = json.loads(head)
+            value.update(json.loads(tail) if tail else {})
+        return Slot(promised, accepted, bool(chosen), value)
+
+    def floor(self, bucket: str) -> str:
+        """What keys of `bucket` that have no row promised: tombstones up to there were dropped."""
+        with self._lock:
+            return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
+
+    def floors(self) -> dict[str, str]:
+        """All floors."""
+        with self._lock:
+            return dict(self._db.execute("SELECT bucket, ballot FROM floors").fetchall())
+
+    def raise_floor(self, bucket: str, ballot: str) -> None:
+        """Promise at least `ballot` for all keys of `bucket` that have no row."""
+        with self._lock:
+            if ballot > self.floor(bucket):
+                self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?)", (bucket, ballot))
+
+    def basis(self, bucket: str, key: str) -> list[Any] | None:
+        """[accepted, chosen, value] of the bucket's own register; None where there is none to look
+        at."""
+        if not key or bucket in (UPLOADS, VIEWS):
+            return None
+        with self._lock:
+            if bucket not in self._bases:
+                slot = self.slot(bucket, "")
+                self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
+            return self._bases[bucket]
+
+    def read(self, epoch: int, bucket: str, key: str, known: str) -> Message:
+        """What is accepted here, without the value if it is the one accepted at `known`; about the
+        bucket, too, if there is no object."""
+        with self._lock:
+            refusal = self.fence(epoch)
+            if refusal:
+                return refusal
+            slot = self.slot(bucket, key, known)
+            there = live(slot.value) or slot.accepted == known != ""
+            return told(slot, None if there else self.basis(bucket, key))
+
+    def prepare(self, epoch: int, bucket: str, key: str, ballot: str, known: str) -> Message:
+        """Promise to accept nothing below `ballot`, and tell what is accepted; or refuse."""
+        with self._lock:
+            refusal = self.fence(epoch)
+            if refusal:
+                return refusal
+            slot = self.slot(bucket, key, known)
+            if ballot <= slot.promised:
+                return {"refused": slot.promised}
+            self._db.execute(
+                "INSERT INTO registers VALUES (?, ?, ?, '', 0, 0, NULL, NULL, NULL, NULL)"
+                " ON CONFLICT DO UPDATE SET promised = excluded.promised",
+                (bucket, key.encode(), ballot),
+            )
+            return told(slot, self.basis(bucket, key))
+
+    def accept(
+        self,
+        epoch: int,
+        bucket: str,
+        key: str,
+        ballot: str,
+        value: Value,
+        chosen: bool,
+        basis: tuple[str, bool, Value] | None,
+    ) -> Message:
+        """Accept `value`, unless more was promised, or it is an object and its bucket is not
+        open."""
+        with self._lock:
+            refusal = self.fence(epoch)
+            if refusal:
+                return refusal
+            slot = self.slot(bucket, key)
+            if ballot < slot.promised:
+                return {"refused": slot.promised}
+            if basis:
+                self.offer(bucket, "", *basis)
+            if live(value) and bucket_state(self.basis(bucket, key)) != "open":
+                return {"closed": True}
+            self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
+            return {"done": True}
+
+    def learn(self, epoch: int, bucket: str, key: str, ballot: str) -> Message:
+        """What was accepted at `ballot` has been chosen."""
+        with self._lock:
+            refusal = self.fence(epoch)
+            if not refusal:
+                self.mark_chosen([(bucket, key, ballot)])
+            return refusal or {"done": True}
+
+    def offer(
+        self, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
+    ) -> bool:
+        """Another owner accepted this: do so too, as if its accept message had come here late.
+
+        False when something higher was promised and it is not known to be chosen: then only a round
+        of the register can tell.
+        """
+        with self._lock:
+            slot = self.slot(bucket, key)
+            if accepted <= slot.accepted or value is None:
+                return True
+            if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
+                return True  # a tombstone that was dropped here
+            if accepted < slot.promised and not chosen:
+                return False
+            promised = max(accepted, slot.promised)
+            self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+            return True
+
+    def _write(
+        self,
+        bucket: str,
+        key: str,
+        promised: str,
+        accepted: str,
+        chosen: bool,
+        value: Value,
+        old: Value | None,
+    ) -> None:
+        raw, is_live = key.encode(), live(value) is not None
+        head = json.dumps({name: one for name, one in value.items() if name not in TAIL})
+        tail = (
+            json.dumps({name: value[name] for name in TAIL if name in value}) if is_live else None
+        )
+        self._seq += 1
+        row = (bucket, raw, promised, accepted, chosen, is_live, head, tail, self._seq, time.time())
+        refs = {bytes.fromhex(block) for block in blocks_of(value)}
+        old_refs = {bytes.fromhex(block) for block in blocks_of(old)}
+        with self._transaction(bool(refs or old_refs)):
+            self._db.execute(WRITE, row)
+            self._db.executemany(
+                "DELETE FROM refs WHERE hash = ? AND bucket = ? AND key = ?",
+                ((block, bucket, raw) for block in old_refs - refs),
+            )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO refs VALUES (?, ?, ?)",
+                ((block, bucket, raw) for block in refs - old_refs),
+            )
+        if not key:
+            self._bases.pop(bucket, None)
+        elif bucket[0] != ".":
+            self.objects += is_live - (live(old) is not None)
+
+    @contextlib.contextmanager
+    def _transaction(self, wanted: bool = True) -> Iterator[None]:
+        """Several statements as one; a single statement needs none."""
+        if not wanted:
+            yield
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # after some errors SQLite has done so itself
+                self._db.execute("ROLLBACK")
+            raise
+
+    def page(self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool) -> Message:
+        """Entries [key, accepted, head, tail] in key order, head "" for a tombstone; tail if
+        `whole`.
+
+        With a delimiter, what shares the part up to it with a live key listed is skipped. "more"
+        says that there is more after the last entry.
+        """
+        entries: list[list[str]] = []
+        size, more = 0, False
+        position: bytes | None = max(prefix, start).encode()
+        end = after_prefix(prefix)
+        with self._lock:
+            while position is not None and not more:
+                rows = self._rows(bucket, position, end)
+                position = None
+                for raw, accepted, is_live, head, tail in rows:
+                    key = raw.decode()
+                    if len(entries) >= BATCH or size > PAGE_BYTES:
+                        more = True
+                        break
+                    shown = [head, tail if whole else ""] if is_live else ["", ""]
+                    entries.append([key, accepted, *shown])
+                    size += len(raw) + len(shown[0]) + len(shown[1] or "") + 40
+                    common = common_prefix(key, prefix, delimiter) if is_live else ""
+                    if common:
+                        position = after_prefix(common)
+                        break
+        return {"entries": entries, "more": more}
+
+    def _rows(self, bucket: str, position: bytes, end: bytes | None) -> sqlite3.Cursor:
+        query = (
+            "SELECT key, accepted, live, head, tail FROM registers"
+            " WHERE bucket = ? AND key >= ? AND key != x'' AND accepted != ''"
+        )
+        if end is None:
+            return self._db.execute(query + " ORDER BY key", (bucket, position))
+        return self._db.execute(query + " AND key < ? ORDER BY key", (bucket, position, end))
+
+    def buckets(self) -> list[list[Any]]:
+        """[name, accepted, value] of the buckets' own registers."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT bucket, accepted, head FROM registers WHERE key = x'' AND accepted != ''"
+            ).fetchall()
+        return [[bucket, accepted, json.loads(head)] for bucket, accepted, head in rows]
+
+    def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
+        """[bucket, key, accepted, chosen] of what was accepted after `since`, of the buckets
+        `wanted`."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
+                " ORDER BY seq LIMIT ?",
+                (since, 5 * BATCH),
+            ).fetchall()
+        entries = [
+            [b, key.decode(), accepted, bool(c)] for _, b, key, accepted, c in rows if wanted(b)
+        ]
+        return {
+            "entries": entries,
+            "upto": rows[-1][0] if rows else since,
+            "more": len(rows) == 5 * BATCH,
+        }
+
+    def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
+        """(bucket, key, accepted) which others have accepted too, enough of them."""
+        with self._lock, self._transaction(bool(places)):
+            self._bases.clear()
+            self._db.executemany(
+                "UPDATE registers SET chosen = 1 WHERE bucket = ? AND key = ? AND accepted = ?",
+                ((bucket, key.encode(), accepted) for bucket, key, accepted in places),
+            )
+
+    def graves(
+        self, before: float, after: tuple[str, str] = ("", "")
+    ) -> list[tuple[str, str, str]]:
+        """(bucket, key, accepted) of tombstones older than `before` (wall clock), in order."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
+                " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
+                " ORDER BY bucket, key LIMIT ?",
+                (before, VIEWS, after[0], after[1].encode(), BATCH),
+            ).fetchall()
+        return [(bucket, key.decode(), accepted) for bucket, key, accepted in rows]
+
+    def buried(self, bucket: str, key: str, ballot: str) -> bool:
+        """Is the tombstone of that ballot, or something later, or nothing any more, what is
+        here?"""
+        with self._lock:
+            slot = self.slot(bucket, key)
+            return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
+
+    def bury(self, bucket: str, key: str, ballot: str) -> bool:
+        """Drop the tombstone, if it is still that one and nothing else was promised."""
+        with self._lock:
+            slot = self.slot(bucket, key)
+            if slot.accepted != ballot or live(slot.value):
+                return False
+            with self._transaction():
+                self.raise_floor(bucket, slot.promised)
+                self._db.execute(
+                    "DELETE FROM registers WHERE bucket = ? AND key = ?", (bucket, key.encode())
+                )
+            self._bases.pop(bucket, None)
+            return True
+
+    def used(self, block: str) -> bool:
+        """Does any accepted value here name this block?"""
+        with self._lock:
+            return bool(
+                self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block))
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+
+def told(slot: Slot, basis: list[Any] | None) -> Message:
+    """An owner's answer to a question about a register."""
+    return {
+        "accepted": slot.accepted,
+        "chosen": slot.chosen,
+        "value": slot.value,
+        "basis": basis,
+    }
+
+
+def bucket_state(basis: Sequence[Any] | None) -> str:
+    """ "open", "deleting" or "absent", from [accepted, chosen, value]; None is always open."""
+    if basis is None:
+        return "open"
+    value = live(basis[2])
+    return value["bucket"]["state"] if value else "absent"
+
+
+def after_prefix(prefix: str) -> bytes | None:
+    """The first bytes beyond all keys that begin with `prefix`; None for "": no end.
+
+    UTF-8 has no byte 0xff, so that the last byte can always be raised.
+    """
+    raw = prefix.encode()
+    return raw[:-1] + bytes([raw[-1] + 1]) if raw else None
+
+
+def common_prefix(key: str, prefix: str, delimiter: str) -> str:
+    """What `key` is listed under: all up to the first delimiter after the prefix; "" for itself."""
+    found = key.find(delimiter, len(prefix)) if delimiter else -1
+    return key[: found + len(delimiter)] if found >= 0 else ""
+
+
+# What a round asks for is yielded, the answers are sent in: whoever drives it owns network and
+# clock.
+
+
+class Ask(NamedTuple):
+    """Ask the owners in `groups`. `quorum` says how many are asked at first; all of them when
+    `wide`."""
+
+    name: str
+    message: Message
+    groups: Groups
+    enough: Callable[[Mapping[int, Message]], bool]
+    quorum: Callable[[int], int] = change_quorum
+    wide: bool = False
+
+
+class Pause(NamedTuple):
+    """Wait so many seconds: somebody else is changing the register."""
+
+    seconds: float
+
+
+Answers = Mapping[int, Message]  # {"failed": true} from a node that gave none
+T = TypeVar("T")
+Steps = Generator["Ask | Pause", Answers, T]
+
+
+class StaleView(Exception):
+    """The view changed under something that was only meant for the old one."""
+
+
+class BucketClosing(S3Error):
+    """The bucket is marked for deletion; `mark` is the id of the value that says so."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__("SlowDown", "The bucket is just being deleted.")
+        self.mark = mark
+
+
+class Top(NamedTuple):
+    """What the answers say of a register: the highest accepted, and whether it is sure to be
+    chosen."""
+
+    accepted: str
+    value: Value | None
+    settled: bool
+
+
+def weigh(groups: Groups, told: Mapping[int, Sequence[Any]]) -> Top:
+    """`told` is {node: (accepted, chosen, value)}, a read quorum of each group at least.
+
+    It is settled when a change quorum of each group has it, or an owner knows that it was chosen,
+    or nobody has anything: a change quorum would meet one of these answers.
+    """
+    accepted = max(one[0] for one in told.values())
+    with_it = {node: one for node, one in told.items() if one[0] == accepted}
+    value = next((one[2] for one in with_it.values() if one[2] is not None), None)
+    settled = not accepted or any(one[1] for one in with_it.values())
+    return Top(accepted, value, settled or covers(groups, with_it, change_quorum))
+
+
+def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
+    """The answers that tell a register: {node: (accepted, chosen, value)}."""
+    return {
+        node: (answer["accepted"], answer["chosen"], answer["value"])
+        for node, answer in answers.items()
+        if "accepted" in answer
+    }
+
+
+def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
+    """The same for the bucket's own register, which comes along."""
+    return {node: answer["basis"] for node, answer in answers.items() if answer.get("basis")}
+
+
+Decide = Callable[
+    ["Value | None"], "Value | None"
+]  # live value -> new value, None to leave it, or S3Error
+
+
+class Rounds:
+    """Reads and changes of registers, as steps. `view` tells this node's view at any time."""
+
+    def __init__(
+        self, own: int, view: Callable[[], View], clock: Callable[[], float], pick: random.Random
+    ) -> None:
+        self.own, self.view, self.clock, self.pick = own, view, clock, pick
+        self.ballots = Ballots(own)
+
+    def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
+        """The live value of a register, and what is known of its bucket. SlowDown without a quorum.
+
+        One round trip when a change quorum agrees; otherwise it finishes the change it found.
+        """
+        started = self.clock()
+        while True:
+            view = self.view()
+            groups = view.groups(bucket)
+
+            def settled(answers: Answers, groups: Groups = groups) -> bool:
+                told = told_of(answers)
+                return covers(groups, told, read_quorum) and weigh(groups, told).settled
+
+            place = {"epoch": view.epoch, "bucket": bucket, "key": key}
+            answers = yield Ask("read", {**place, "known": ""}, groups, settled, read_quorum)
+            told = told_of(answers)
+            if covers(groups, told, read_quorum):
+                top = weigh(groups, told)
+                if not top.settled:
+                    return live((yield from self.change(bucket, key, lambda value: None))), None
+                basis = told_of_bucket(answers)
+                return live(top.value), weigh(groups, basis) if basis else None
+            if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
+                raise unavailable(groups, answers, "read")
+
+    def glance(
+        self, bucket: str, key: str, voters: Callable[[View], Groups]
+    ) -> Steps[tuple[Value | None, Top | None]]:
+        """The live value of a register where that is sure without a round; None otherwise."""
+        view = self.view()
+        groups = voters(view)
+
+        def settled(answers: Answers) -> bool:
+            told = told_of(answers)
+            return covers(groups, told, read_quorum) and weigh(groups, told).settled
+
+        message = {"epoch": view.epoch, "bucket": bucket, "key": key, "known": ""}
+        answers = yield Ask("read", message, groups, settled, read_quorum)
+        if not settled(answers):
+            return None, None
+        top = weigh(groups, told_of(answers))
+        return live(top.value), top
+
+    def gather(
+        self, name: str, bucket: str, fields: Message, has: str, quorum: Callable[[int], int]
+    ) -> Steps[list[Message]]:
+        """The answers that have the field `has`, from a quorum of those who are asked about
+        `bucket`."""
+        started = self.clock()
+        while True:
+            view = self.view()
+            groups = view.groups(bucket)
+
+            def enough(answers: Answers, groups: Groups = groups) -> bool:
+                having = {node for node, answer in answers.items() if has in answer}
+                return covers(groups, having, quorum)
+
+            answers = yield Ask(name, {"epoch": view.epoch, **fields}, groups, enough, quorum)
+            if enough(answers):
+                return [answer for answer in answers.values() if has in answer]
+            if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
+                raise unavailable(groups, answers, "read")
+
+    def bucket(self, bucket: str, known: Top | None = None) -> Steps[Value | None]:
+        """The bucket's own record, whatever its state; `known` is what came along with something
+        else."""
+        if known is not None and known.settled:
+            return live(known.value)
+        value, _ = yield from self.read(bucket, "")
+        return value
+
+    def change(
+        self, bucket: str, key: str, decide: Decide, voters: Callable[[View], Groups] | None = None
+    ) -> Steps[Value | None]:
+        """Put what `decide` makes of the register's live value in its place; returns what is there
+        then.
+
+        Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what happened.
+        """
+        return Change(
+            self, bucket, key, decide, voters or (lambda view: view.groups(bucket))
+        ).steps()
+
+
+class Change:
+    """One change of one register: rounds of prepare and accept until one gets through."""
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        bucket: str,
+        key: str,
+        decide: Decide,
+        voters: Callable[[View], Groups],
+    ) -> None:
+        self.rounds, self.bucket, self.key = rounds, bucket, key
+        self.decide, self.voters = decide, voters
+        self.tried = ""  # the first ballot at which some owner may have accepted our value
+        self.mine: Value | None = None  # that value
+        self.missing: list[Contact] = []  # owners that did not answer the last question
+
+    def steps(self) -> Steps[Value | None]:
+        """Rounds with random pauses between, until OPERATION_SECONDS are over."""
+        began = self.rounds.clock()
+        for attempt in itertools.count():
+            epoch = self.rounds.view().epoch
+            done = yield from self.round()
+            if done is not None:
+                return done[0]
+            elapsed = self.rounds.clock() - began
+            if elapsed > (SILENCE_SECONDS if self.missing else OPERATION_SECONDS):
+                break
+            if self.rounds.view().epoch == epoch:
+                widest = BACKOFF_SECONDS * 2 ** min(attempt, 8)
+                yield Pause(self.rounds.pick.uniform(0, widest))
+                yield from self._look()
+        raise slow_down(self.voters(self.rounds.view()), self.missing, "change")
+
+    def _look(self) -> Steps[None]:
+        """Raise what `decide` raises of the value that is there now: who has lost a race learns it
+        without a ballot that would disturb those still running."""
+        if self.tried:
+            return
+        value, _ = yield from self.rounds.glance(self.bucket, self.key, self.voters)
+        if value is not None:
+            self.decide(value)
+
+    def round(self) -> Steps[tuple[Value | None] | None]:
+        """Prepare, decide, accept: (what the register holds now,), or None: try again."""
+        view = self.rounds.view()
+        groups = self.voters(view)
+        ballot = self.rounds.ballots.next(view.epoch)
+        place = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "ballot": ballot}
+        answers = yield Ask(
+            "prepare",
+            {**place, "known": ""},
+            groups,
+            lambda answers: covers(groups, told_of(answers), change_quorum) or refused(answers),
+        )
+        self._note(groups, answers)
+        told = told_of(answers)
+        if not covers(groups, told, change_quorum):
+            return None
+        top = weigh(groups, told)
+        basis = yield from self._basis(groups, answers)
+        value, error = self._decided(top, basis)
+        if value is None:
+            if top.settled and not self.tried:
+                return self._answer(top.value, error)
+            # What we saw or tried may be with a minority: settle it before anybody is told of it.
+            value = top.value or tombstone()
+        accepted = yield from self._accept(
+            groups, {**place, "value": value, "chosen": False, "basis": basis}
+        )
+        return self._answer(value, error) if accepted else None
+
+    def _answer(self, value: Value | None, error: S3Error | None) -> tuple[Value | None]:
+        if error is not None:
+            raise error
+        return (value,)
+
+    def _note(self, groups: Groups, answers: Answers) -> None:
+        for answer in answers.values():
+            ballot = answer.get("refused") or answer.get("accepted")
+            if ballot:
+                self.rounds.ballots.observe(ballot)
+        silent = {node for node, answer in answers.items() if answer.get("failed")}
+        self.missing = sorted(
+            {contact for group in groups for contact in group if contact.node in silent}
+        )
+
+    def _basis(self, groups: Groups, answers: Answers) -> Steps[tuple[str, bool, Value] | None]:
+        """The bucket's register, to go along with an accept to owners that may not have it; None
+        when all that answered have it, or the key is of a bucket that always exists."""
+        told = told_of_bucket(answers)
+        if not told:
+            return None
+        top = weigh(groups, told)
+        self.bucket_value = live(top.value)
+        if not top.settled:
+            self.bucket_value = yield from self.rounds.bucket(self.bucket)
+            return None
+        return (top.accepted, True, top.value) if top.value else None
+
+    bucket_value: Value | None = {"bucket": {"state": "open"}}
+
+    def _decided(self, top: Top, basis: object) -> tuple[Value | None, S3Error | None]:
+        """(value to write or None to leave it, error to raise once that is settled)."""
+        if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
+            return (None if top.settled else top.value), None
+        # Had our value been chosen, or taken for it by somebody, at `tried` or later, then what has a
+        # higher ballot would be based on that or on something later. If it is not, our value did not
+        # count, and will not once this round is through. If it is, others may have gone on from ours,
+        # or it never counted: nobody can say.
+        if self.tried and top.value and top.value.get("base", "") >= self.tried:
+            raise S3Error("SlowDown", "The outcome is not known: others changed the key too.")
+        try:
+            if self.bucket_value is None:
+                raise S3Error("NoSuchBucket", BucketName=self.bucket)
+            value = self.decide(live(top.value))
+        except S3Error as error:
+            return None, error
+        value = value and {**value, "base": top.accepted}
+        if value is not None and live(value) and self.bucket_value["bucket"]["state"] != "open":
+            return None, BucketClosing(self.bucket_value["id"])
+        self.mine = value or self.mine
+        return value, None
+
+    def _accept(self, groups: Groups, message: Message) -> Steps[bool]:
+        """Have the message's value accepted by a change quorum of each group."""
+        last = self._last(groups)
+        first = without(groups, last)
+        done: set[int] = set()
+        if first:
+            # All others are asked, and those with `last` must be enough.
+            def enough(answers: Answers) -> bool:
+                accepted = {node for node, answer in answers.items() if answer.get("done")}
+                return covers(groups, accepted | ({last.node} if last else set()), change_quorum)
+
+            answers = yield Ask("accept", message, first, enough, wide=True)
+            done = self._accepted(groups, first, message["ballot"], answers)
+            if not enough(answers):
+                return False
+        if last is None:
+            return True
+        place = {name: message[name] for name in ("epoch", "bucket", "key", "ballot")}
+        ours: Groups = ((last,),)
+        answers = yield Ask("accept", {**message, "chosen": True}, ours, bool)
+        if not self._accepted(groups, ours, message["ballot"], answers):
+            return False
+        told = tuple(tuple(contact for contact in group if contact.node in done) for group in first)
+        if any(told):
+            yield Ask("learn", place, told, lambda answers: done <= set(answers), wide=True)
+        return True
+
+    def _last(self, groups: Groups) -> Contact | None:
+        """Where one or two owners must be able to speak alone (`weigh`), the one that accepts last,
+        and so knows that the value is chosen; the others are told. Not this node, so that it costs
+        nothing."""
+        small = min(groups, key=len)
+        if len(small) > 2:
+            return None
+        return next((contact for contact in small if contact.node != self.rounds.own), small[0])
+
+    def _accepted(self, groups: Groups, asked: Groups, ballot: str, answers: Answers) -> set[int]:
+        self._note(groups, answers)
+        sure_not = {
+            n
+            for n, answer in answers.items()
+            if not answer.get("failed") and not answer.get("done")
+        }
+        if {
+            contact.node for group in asked for contact in group
+        } - sure_not and self.mine is not None:
+            self.tried = self.tried or ballot
+        return {node for node, answer in answers.items() if answer.get("done")}
+
+
+def without(groups: Groups, last: Contact | None) -> Groups:
+    """The groups less one contact; empty ones are left out."""
+    less = (tuple(contact for contact in group if contact != last) for group in groups)
+    return tuple(group for group in less if group)
+
+
+def refused(answers: Answers) -> bool:
+    """Did somebody promise more to another, or know another view? Then this round is lost."""
+    return any("refused" in answer or "views" in answer for answer in answers.values())
+
+
+def slow_down(groups: Groups, missing: Iterable[Contact], what: str) -> S3Error:
+    """503: too few owners answered, or writers got in each other's way for too long."""
+    names = ", ".join(f"{contact.address} ({node_hex(contact.node)})" for contact in missing)
+    if not names:
+        return S3Error("SlowDown", "Too many changes of this key at once.")
+    message = f"Not enough nodes answer for this {what}. Missing: {names}."
+    if min(map(len, groups)) <= 2:
+        message += " Start it again, or restart another node with --forget and its id."
+    return S3Error("SlowDown", message)
+
+
+def unavailable(groups: Groups, answers: Answers, what: str) -> S3Error:
+    """503 naming the owners that did not answer."""
+    everybody = {contact for group in groups for contact in group}
+    silent = [c for c in everybody if answers.get(c.node, {"failed": True}).get("failed")]
+    return slow_down(groups, silent or sorted(everybody), what)
+
+
+class Node:
+    """This node's part of the protocol: it answers messages from what it has, and never asks a
+    peer."""
+
+    def __init__(
+        self, own: Contact, registers: Registers, blocks: Blocks, clock: Callable[[], float]
+    ) -> None:
+        self.own, self.registers, self.blocks, self.clock = own, registers, blocks, clock
+        self.pins = Pins()
+        self.providers = Providers()
+        self.table = RoutingTable(own.node)
+        self.table_lock = threading.Lock()  # guards table and to_ping
+        self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
+
+    def saw(self, contact: Contact) -> None:
+        """`contact` sent an authenticated message or answer."""
+        with self.table_lock:
+            oldest = self.table.seen(contact, self.clock())
+            if oldest is not None:
+                self.to_ping[oldest.node] = oldest
+
+    def answer(self, name: str, message: Message, sender: Contact) -> Message:
+        """Do what a checked message asks. ValueError when it makes no sense here."""
+        handler = cast(Callable[[Message, Contact], Message], getattr(self, "on_" + name))
+        return handler(message, sender)
+
+    def on_hello(self, message: Message, sender: Contact) -> Message:
+        """Who are you, and what views do you know after that epoch?"""
+        view = self.registers.view
+        return {
+            "contact": self.own.as_json(),
+            "epoch": view.epoch if view else 0,
+            "synced": self.registers.synced,
+            "idle": view is not None and len(view.members) == 1 and not self.registers.buckets(),
+            "views": self.registers.views_after(message["epoch"]),
+        }
+
+    def on_views(self, message: Message, sender: Contact) -> Message:
+        """Newer views were decided."""
+        self.registers.adopt(map(View.from_json, message["views"]))
+        return {"done": True}
+
+    def on_find(self, message: Message, sender: Contact) -> Message:
+        """Kademlia's FIND_NODE."""
+        with self.table_lock:
+            found = self.table.closest(int(message["target"], 16))
+        return {"contacts": [contact.as_json() for contact in found]}
+
+    def on_find_providers(self, message: Message, sender: Contact) -> Message:
+        """Kademlia's FIND_VALUE: who holds the block, and who may know more."""
+        block = message["hash"]
+        holders = self.providers.get(block, self.clock())
+        if self.blocks.has(block):
+            holders = [self.own, *holders]
+        with self.table_lock:
+            found = self.table.closest(block_target(block))
+        return {
+            "providers": [contact.as_json() for contact in holders],
+            "contacts": [contact.as_json() for contact in found],
+        }
+
+    def on_provide(self, message: Message, sender: Contact) -> Message:
+        """The sender holds these blocks."""
+        for block in message["hashes"]:
+            self.providers.add(block, sender, self.clock())
+        return {"done": True}
+
+    def on_prepare(self, message: Message, sender: Contact) -> Message:
+        """First half of a change."""
+        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
+        return self.registers.prepare(**message)
+
+    def on_accept(self, message: Message, sender: Contact) -> Message:
+        """Second half of a change."""
+        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
+        return self.registers.accept(**message)
+
+    def on_learn(self, message: Message, sender: Contact) -> Message:
+        """What was accepted at that ballot is chosen."""
+        return self.registers.learn(**message)
+
+    def on_read(self, message: Message, sender: Contact) -> Message:
+        """What is accepted here?"""
+        return self.registers.read(**message)
+
+    def on_page(self, message: Message, sender: Contact) -> Message:
+        """A page of a bucket's keys."""
+        fields = {name: one for name, one in message.items() if name not in ("epoch", "mark")}
+        if message["mark"]:
+            slot = self.registers.slot(message["bucket"], "")
+            if slot.value is None or slot.value["id"] != message["mark"]:
+                return {"unmarked": True}
+        return self.registers.fence(message["epoch"]) or self.registers.page(**fields)
+
+    def on_buckets(self, message: Message, sender: Contact) -> Message:
+        """All buckets known here."""
+        refusal, view = self.registers.fence(message["epoch"]), self.registers.view
+        if refusal or view is None:
+            return refusal or {"behind": 0}
+        # Not what is left from when this node was an owner: it may be long out of date.
+        asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
+        return {"buckets": asked}
+
+    def on_changes(self, message: Message, sender: Contact) -> Message:
+        """What was accepted here since, of the buckets that the sender owns."""
+        refusal, view = self.registers.fence(message["epoch"]), self.registers.view
+        if refusal or view is None:
+            return refusal or {"behind": 0}
+        owned: dict[str, bool] = {VIEWS: False}
+
+        def wanted(bucket: str) -> bool:
+            if bucket not in owned:
+                owned[bucket] = view.owns(sender.node, bucket)
+            return owned[bucket]
+
+        floors = {bucket: one for bucket, one in self.registers.floors().items() if wanted(bucket)}
+        return {**self.registers.changes(message["since"], wanted), "floors": floors}
+
+    def on_values(self, message: Message, sender: Contact) -> Message:
+        """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
+        refusal = self.registers.fence(message["epoch"])
+        slots: list[list[Any]] = []
+        size = 0
+        for bucket, key in message["places"]:
+            if refusal or size > PAGE_BYTES:
+                break
+            slot = self.registers.slot(bucket, key)
+            slots.append([slot.accepted, slot.chosen, slot.value])
+            size += 500 + 64 * len(blocks_of(slot.value))
+        return refusal or {"slots": slots}
+
+    def on_buried(self, message: Message, sender: Contact) -> Message:
+        """Which of these tombstones have reached this owner?"""
+        refusal = self.registers.fence(message["epoch"])
+        return refusal or {"buried": [self.registers.buried(*grave) for grave in message["graves"]]}
+
+    def on_used(self, message: Message, sender: Contact) -> Message:
+        """Which of these blocks does a record or an operation here need?"""
+        return {"used": [b in self.pins or self.registers.used(b) for b in message["hashes"]]}
+
+    def on_have(self, message: Message, sender: Contact) -> Message:
+        """Which of these blocks are here? Touched, they stay for the grace."""
+        look = self.blocks.touch if message["touch"] else self.blocks.has
+        return {"have": [look(block) for block in message["hashes"]]}
+
+
+class Cluster:
+    """Drives rounds, lookups and transfers over real connections, for one node."""
+
+    def __init__(self, node: Node, peers: Peers) -> None:
+        self.node, self.peers = node, peers
+        self.own = node.own
+        self.rounds = Rounds(self.own.node, self.known_view, time.monotonic, random.Random())
+        self.joined = threading.Event()  # set once this node is a member
+
+    def known_view(self) -> View:
+        """The newest view known, whether or not this node is a member. SlowDown when there is
+        none."""
+        view = self.node.registers.view
+        if view is None:
+            raise S3Error("SlowDown", "This node has not found its cluster yet.")
+        return view
+
+    def view(self) -> View:
+        """The newest view, of which this node is a member. SlowDown when it does not become one
+        soon."""
+        if not self.joined.wait(JOIN_WAIT_SECONDS):
+            raise S3Error("SlowDown", "This node has not joined its cluster yet.")
+        return self.known_view()
+
+    def adopt(self, raw: Iterable[Any]) -> None:
+        """Enter the views that a peer told us, if they are newer."""
+        if self.node.registers.adopt(map(View.from_json, raw)):
+            self.check_membership()
+
+    def check_membership(self) -> None:
+        """Note whether this node is a member."""
+        view = self.node.registers.view
+        if view is not None and view.member(self.own.node) is not None:
+            self.joined.set()
+        else:
+            self.joined.clear()
+
+    def run(self, steps: Steps[T]) -> T:
+        """Drive the steps of a round to their end."""
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                    step = steps.send({})
+                else:
+                    step = steps.send(self.ask(step))
+        except StopIteration as end:
+            return cast(T, end.value)
+
+    def ask(self, ask: Ask) -> Answers:
+        """Ask this node by a function call and the others over the network, until it is enough."""
+        contacts = list(dict.fromkeys(contact for group in ask.groups for contact in group))
+        answers: dict[int, Message] = {}
+        message = ask.message
+        if self.own in contacts:
+            answers[self.own.node] = local = self._answer_here(ask.name, message)
+            if local.get("value") is not None and "known" in message:
+                message = {**message, "known": local["accepted"]}
+        others = self._order([contact for contact in contacts if contact != self.own])
+        if others and not (answers and ask.enough(answers)):
+            self._ask_others(ask, message, others, answers)
+        return answers
+
+    def _answer_here(self, name: str, message: Message) -> Message:
+        try:
+            return self.node.answer(name, message, self.own)
+        except OSError as error:  # a full disk here; others may do without us
+            LOG.error("%s: %s", name, error)
+            return {"failed": True}
+
+    def _order(self, contacts: list[Contact]) -> list[Contact]:
+        """Those that answered last time first, otherwise shuffled, to spread the load."""
+        self.rounds.pick.shuffle(contacts)
+        return sorted(contacts, key=lambda contact: self.peers.skipped(contact.node))
+
+    def _ask_others(
+        self, ask: Ask, message: Message, others: list[Contact], answers: dict[int, Message]
+    ) -> None:
+        local = answers.get(self.own.node, {})
+        replies: dict[int, Reply] = {}
+
+        def enough(raw: Mapping[int, Reply]) -> bool:
+            for node in raw.keys() - replies.keys():
+                replies[node] = raw[node]
+                answer = raw[node].json() or {"failed": True}
+                if answer.get("accepted") and answer["accepted"] == message.get("known"):
+                    answer["value"] = local["value"]
+                answers[node] = answer
+            return ask.enough(answers)
+
+        first = len(others) if ask.wide else self._first(ask, others, answers)
+        enough(self.tell(ask.name, message, others, enough, first))
+        self._views(ask, message, answers)
+
+    def _first(self, ask: Ask, others: list[Contact], answers: Collection[int]) -> int:
+        """How many of `others` make a quorum with the answers that are there."""
+        nodes = set(answers)
+        for count, contact in enumerate(others, 1):
+            nodes.add(contact.node)
+            if covers(ask.groups, nodes, ask.quorum):
+                return count
+        return len(others)
+
+    def _views(self, ask: Ask, message: Message, answers: dict[int, Message]) -> None:
+        """Enter newer views that came back; tell ours to those that are behind, and ask them
+        again."""
+        for answer in list(answers.values()):
+            if "views" in answer:
+                self.adopt(answer["views"])
+        behind = {node: answer["behind"] for node, answer in answers.items() if "behind" in answer}
+        if not behind or ask.enough(answers):
+            return
+        late = [c for group in ask.groups for c in group if c.node in behind and c != self.own]
+        self.tell("views", {"views": self.node.registers.views_after(min(behind.values()))}, late)
+        plain = {**message, "known": ""} if "known" in message else message
+        for node, reply in self.tell(ask.name, plain, late).items():
+            answers[node] = reply.json() or {"failed": True}
+
+    def tell(
+        self,
+        name: str,
+        message: Message,
+        contacts: Sequence[Contact],
+        enough: Enough | None = None,
+        first: int = MAX_MEMBERS,
+        seconds: float = CONNECT_SECONDS,
+    ) -> dict[int, Reply]:
+        """Send one message to peers; their replies by node id."""
+        body = pack(message)
+        questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
+        replies = self.peers.ask(
+            questions, enough or (lambda raw: len(raw) == len(questions)), first, seconds
+        )
+        for contact in contacts:
+            if contact.node and replies.get(contact.node, Reply(0)).status:
+                self.node.saw(contact)
+        return replies
+
+    def call(self, name: str, message: Message, contact: Contact) -> Message | None:
+        """Ask one peer, or this node itself; None when no good answer came."""
+        if contact.node == self.own.node:
+            return self.node.answer(name, message, self.own)
+        return self.tell(name, message, [contact]).get(contact.node, Reply(0)).json()
+
+    def find(self, target: int) -> list[Contact]:
+        """Kademlia lookup: the live nodes nearest to `target`."""
+        with self.node.table_lock:
+            start = self.node.table.closest(target)
+        steps = lookup(target, start, self.own.node)
+        try:
+            todo = next(steps)
+            while True:
+                todo = steps.send(self._find_round({"target": node_hex(target)}, "find", todo)[0])
+        except StopIteration as end:
+            return cast("list[Contact]", end.value)
+
+    def _find_round(
+        self, message: Message, name: str, todo: list[Contact]
+    ) -> tuple[dict[int, list[Contact] | None], list[Contact]]:
+        replies = self.tell(name, message, todo)
+        found: dict[int, list[Contact] | None] = {}
+        providers: list[Contact] = []
+        for contact in todo:
+            answer = replies.get(contact.node, Reply(0)).json()
+            if answer is None:
+                found[contact.node] = None
+                with self.node.table_lock:
+                    self.node.table.failed(contact)
+                continue
+            found[contact.node] = [contact_field(raw) for raw in answer["contacts"]]
+            providers += [contact_field(raw) for raw in answer.get("providers", ())]
+        return found, providers
+
+    def find_providers(self, block: str) -> list[Contact]:
+        """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
+        local = self.node.providers.get(block, time.monotonic())
+        if local:
+            return local
+        with self.node.table_lock:
+            start = self.node.table.closest(block_target(block))
+        steps = lookup(block_target(block), start, self.own.node)
+        try:
+            todo = next(steps)
+            while True:
+                found, providers = self._find_round({"hash": block}, "find_providers", todo)
+                if providers:
+                    return providers
+                todo = steps.send(found)
+        except StopIteration:
+            return []
+
+    # Blocks between nodes.
+
+    def holders(self, block: str) -> list[Contact]:
+        """All members, nearest to the block's hash first: the first `replicas` should hold it."""
+        return nearest(self.view().members, block_target(block), MAX_MEMBERS)
+
+    def store(self, block: str, data: bytes) -> None:
+        """Have two nodes or more hold the block (all, in a smaller cluster). SlowDown otherwise."""
+        view = self.view()
+        order = sorted(self.holders(block), key=lambda contact: self.peers.skipped(contact.node))
+        wanted = min(view.replicas, len(order))
+        least = min(2, wanted)
+        held = int(self.own in order[:wanted] and self._store_here(block, data))
+        others = [contact for contact in order if contact != self.own]
+        replies: dict[int, Reply] = {}
+        if others and held < wanted:
+            replies = self._store_out(block, data, others, wanted - held, least - held)
+        stored = [
+            contact for contact in others if replies.get(contact.node, Reply(0)).status == 200
+        ]
+        if held + len(stored) < least:
+            raise slow_down((tuple(order),), set(others) - set(stored), "write")
+        for contact in stored:
+            self.node.providers.add(block, contact, self.node.clock())
+
+    def _store_here(self, block: str, data: bytes) -> bool:
+        try:
+            self.node.blocks.put(block, data)
+        except OSError as problem:  # a full disk here is no reason to fail while others have room
+            LOG.warning("block %s cannot be stored here: %s", block, problem)
+            return False
+        return True
+
+    def _store_out(
+        self, block: str, data: bytes, others: Sequence[Contact], wanted: int, least: int
+    ) -> dict[int, Reply]:
+        """Ask `wanted` of the others at once, and more for those that fail, in order. Once `least`
+        of them have the block, the rest get LINGER_SECONDS."""
+
+        def enough(replies: Mapping[int, Reply]) -> bool:
+            return sum(reply.status == 200 for reply in replies.values()) >= least
+
+        answering = sum(not self.peers.skipped(contact.node) for contact in others)
+        first = max(least, min(wanted, answering))  # repair will see to those that are silent
+        questions = [Question(contact, f"store/{block}", data, raw=True) for contact in others]
+        return self.peers.ask(questions, enough, first, BLOCK_SECONDS, LINGER_SECONDS)
+
+    def fetch(self, block: str) -> bytes:
+        """The block's bytes, verified: from this disk, else from who should hold it, else from who
+        says that he does. SlowDown when nobody gives it."""
+        data = self.node.blocks.get(block)
+        if data is not None:
+            return data
+        view = self.view()
+        order = self._order([c for c in self.holders(block) if c != self.own][: view.replicas])
+        data = self._fetch_from(block, order)
+        if data is None:
+            rest = {*self.find_providers(block), *view.everybody()} - {self.own, *order}
+            data = self._fetch_from(block, self._order(sorted(rest)))
+        if data is None:
+            raise S3Error("SlowDown", "A block of this object cannot be reached now.")
+        if any(contact == self.own for contact in self.holders(block)[: view.replicas]):
+            with contextlib.suppress(OSError):  # healing can wait until the disk has room
+                self.node.blocks.put(block, data)
+        return data
+
+    def _fetch_from(self, block: str, contacts: list[Contact]) -> bytes | None:
+        questions = [Question(contact, f"fetch/{block}", b"") for contact in contacts]
+
+        def good(reply: Reply) -> bool:
+            return reply.status == 200 and block_hash(reply.body) == block
+
+        # A good answer ends it, so the hash is computed twice only for the one that is used.
+        replies = self.peers.ask(
+            questions, lambda replies: any(map(good, replies.values())), 1, BLOCK_SECONDS
+        )
+        return next((reply.body for reply in replies.values() if good(reply)), None)
+
+    def touch(self, blocks: Sequence[str]) -> list[str]:
+        """Touch blocks where they should be. Returns those that fewer than two nodes (or all)
+        have."""
+        view = self.view()
+        least = min(2, view.replicas, len(view.members))
+        lacking: list[str] = []
+        for start in range(0, len(blocks), BATCH):
+            batch = list(dict.fromkeys(blocks[start : start + BATCH]))
+            holders, _ = self.have(batch, touch=True)
+            lacking += [block for block in batch if len(holders[block]) < least]
+        return lacking
+
+    def have(self, blocks: Sequence[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
+        """Which members hold each of these blocks (at most BATCH), and which members answered."""
+        message = {"hashes": list(blocks), "touch": touch}
+        holders: dict[str, set[int]] = {block: set() for block in blocks}
+        answered: set[int] = set()
+        for contact in self.view().members:
+            answer = self.call("have", message, contact)
+            if answer is not None:
+                answered.add(contact.node)
+                for block, there in zip(blocks, answer["have"], strict=True):
+                    if there:
+                        holders[block].add(contact.node)
+        return holders, answered
+
+
+# ===== 8 DistributedStore =====
+
+
+def info_of(key: str, value: Value) -> zs3.ObjectInfo:
+    """What S3 tells of an object."""
+    return zs3.ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
+
+
+def slices(
+    segments: Iterable[Sequence[Any]], start: int, length: int
+) -> list[tuple[str, int, int]]:
+    """(hash, from, to) of the pieces of blocks that make the bytes [start, start + length)."""
+    pieces: list[tuple[str, int, int]] = []
+    position, end = 0, start + length
+    for size, hashes in segments:
+        first = max(0, start - position) // BLOCK_BYTES
+        last = -(-min(size, end - position) // BLOCK_BYTES)
+        for index in range(first, last):
+            begin = position + index * BLOCK_BYTES
+            piece = (
+                max(start - begin, 0),
+                min(end - begin, size - index * BLOCK_BYTES, BLOCK_BYTES),
+            )
+            pieces.append((hashes[index * 64 : index * 64 + 64], *piece))
+        position += size
+    return pieces
+
+
+class StoredContent:
+    """An object's bytes on their way out: its record is a snapshot, and its blocks are pinned until
+    close."""
+
+    def __init__(self, cluster: Cluster, value: Value) -> None:
+        self.cluster, self.value = cluster, value
+        self._blocks = blocks_of(value)
+        cluster.node.pins.add(self._blocks)
+
+    def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
+        """Exactly the bytes [start, start + length), each block verified before any of it is
+        given."""
+        if "inline" in self.value:
+            yield base64.b64decode(self.value["inline"])[start : start + length]
+            return
+        pieces = slices(self.value["blocks"], start, length)
+        fetched = ahead(self.cluster.fetch, [block for block, _, _ in pieces])
+        with contextlib.closing(fetched):
+            for (_, first, last), data in zip(pieces, fetched, strict=True):
+                yield memoryview(data)[first:last]
+
+    def close(self) -> None:
+        """Its blocks may go."""
+        self.cluster.node.pins.drop(self._blocks)
+        self._blocks = []
+
+
+def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[bytes, None, None]:
+    """fetch(block) of each, in order, up to READ_AHEAD of them in another thread before they are
+    asked for."""
+    if len(blocks) <= 1:
+        yield from map(fetch, blocks)
+        return
+    room = threading.Semaphore(READ_AHEAD)
+    ready: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        for block in blocks:
+            room.acquire()
+            if stopped.is_set():
+                return
+            try:
+                ready.put(fetch(block))
+            except Exception as problem:  # raised where the block is asked for
+                ready.put(problem)
+                return
+
+    threading.Thread(target=work, name="zs3-ahead", daemon=True).start()
+    try:
+        for _ in blocks:
+            data = ready.get()
+            if isinstance(data, Exception):
+                raise data
+            room.release()
+            yield data
+    finally:
+        stopped.set()
+        room.release()
+
+
+Entry = tuple[str, str, str]  # key, head and tail of a live object
+
+
+def merge_pages(
+    pages: Sequence[Message], prefix: str, delimiter: str
+) -> tuple[list[Entry], str | None]:
+    """The live entries of owners' pages that began at the same key, and where to go on; None at the
+    end.
+
+    For each key the highest accepted ballot wins. A page is complete up to its last entry, except
+    that with a delimiter an owner skips what shares a common prefix with a live key that it lists.
+    If that key is dead after all, nothing behind it is known, and the next page begins there.
+    """
+    ends = [page["entries"][-1][0] for page in pages if page["more"]]
+    limit = min(ends, default=None)
+    best: dict[str, tuple[str, str, str]] = {}
+    claimed: set[str] = set()
+    for page in pages:
+        for key, *rest in page["entries"]:
+            best[key] = max(best.get(key, ("", "", "")), tuple(rest))
+            if rest[1]:
+                claimed.add(key)
+    found: list[Entry] = []
+    group = ""
+    for key in sorted(best):
+        if limit is not None and key > limit:
+            break
+        if group and key.startswith(group):
+            continue
+        _, head, tail = best[key]
+        group = common_prefix(key, prefix, delimiter)
+        if head:
+            found.append((key, head, tail))
+        elif group and key in claimed:
+            return found, key + "\0"
+        else:
+            group = ""
+    if limit is None:
+        return found, None
+    return found, zs3.successor(group) if group and limit.startswith(group) else limit + "\0"
+
+
+class DistributedStore:
+    """`zs3.Store` over a cluster: every operation works the same on every node."""
+
+    def __init__(self, cluster: Cluster, seal: Seal) -> None:
+        self.cluster, self.seal = cluster, seal
+        self.node, self.rounds = cluster.node, cluster.rounds
+        self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
+        self.closing = threading.Event()
+        self.counts: collections.Counter[str] = collections.Counter()  # what the jobs did, for ping
+
+    def start(self) -> None:
+        """See Store."""
+        for job in self.jobs:
+            threading.Thread(target=job, name=f"zs3-{job.__name__}", daemon=True).start()
+
+    def close(self) -> None:
+        """See Store."""
+        self.closing.set()
+        self.cluster.peers.close()
+        self.node.registers.close()
+
+    def _run(self, steps: Steps[T]) -> T:
+        self.cluster.view()  # only members work: others' pins are not asked for
+        return self.cluster.run(steps)
+
+    # --- Buckets ---
+
+    def list_buckets(self) -> list[zs3.BucketInfo]:
+        """See Store. All members are asked; so many must answer that each bucket has a read
+        quorum."""
+        found: dict[str, tuple[str, Value]] = {}
+        for answer in self._run(self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)):
+            for name, accepted, value in answer["buckets"]:
+                if accepted > found.get(name, ("", {}))[0]:
+                    found[name] = (accepted, value)
+        return [
+            zs3.BucketInfo(name, value["bucket"]["created"])
+            for name, (_, value) in sorted(found.items())
+            if live(value)
+        ]
+
+    def _most(self, members: int) -> int:
+        """So many of the members that every bucket's read quorum is among them."""
+        return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
+
+    def stat_bucket(self, bucket: str) -> zs3.BucketInfo:
+        """See Store."""
+        return self._require_bucket(bucket, None)
+
+    def _require_bucket(self, bucket: str, known: Top | None) -> zs3.BucketInfo:
+        if bucket == UPLOADS:
+            return zs3.BucketInfo(bucket, 0.0)
+        value = self._run(self.rounds.bucket(bucket, known))
+        if value is None:
+            raise S3Error("NoSuchBucket", BucketName=bucket)
+        return zs3.BucketInfo(bucket, value["bucket"]["created"])
+
+    def create_bucket(self, bucket: str) -> bool:
+        """See Store."""
+        ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
+        value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
+        return value is not None and value["id"] == ours["id"]
+
+    def delete_bucket(self, bucket: str) -> None:
+        """See Store.
+
+        First the bucket is marked: its owners then refuse new objects. An object that was
+        acknowledged before was accepted by a majority, none of which had the mark; so the owners
+        that have it, also a majority, show at least one that holds it. The mark is removed if there
+        is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while the mark
+        is ours does the tombstone replace it.
+        """
+        mark = {"id": secrets.token_hex(8)}
+
+        def close(current: Value | None) -> Value | None:
+            if current is None:
+                raise S3Error("NoSuchBucket", BucketName=bucket)
+            return {**mark, "bucket": {**current["bucket"], "state": "deleting"}}
+
+        marked = self._run(self.rounds.change(bucket, "", close))
+        empty = False
+        try:
+            empty = next(self._entries(bucket, "", "", "/", False, marked), None) is None
+        finally:
+            if not empty:
+                self._reopen(bucket, mark["id"])
+        if not empty:
+            raise S3Error("BucketNotEmpty", BucketName=bucket)
+        grave = tombstone()
+
+        def bury(current: Value | None) -> Value | None:
+            if current is None or current["id"] != mark["id"]:
+                raise S3Error("SlowDown", "Somebody else is changing the bucket.")
+            return grave
+
+        self._run(self.rounds.change(bucket, "", bury))
+
+    def _reopen(self, bucket: str, mark: str) -> None:
+        """Take back the mark that a deletion left."""
+        again = secrets.token_hex(8)
+
+        def decide(current: Value | None) -> Value | None:
+            if current is None or current["id"] != mark:
+                return None
+            return {"id": again, "bucket": {**current["bucket"], "state": "open"}}
+
+        self._run(self.rounds.change(bucket, "", decide))
+
+    # --- Objects ---
+
+    def _read(self, bucket: str, key: str) -> Value:
+        value, basis = self._run(self.rounds.read(bucket, key))
+        if value is None:
+            self._require_bucket(bucket, basis)
+            raise S3Error("NoSuchKey", Key=key)
+        return value
+
+    def stat_object(self, bucket: str, key: str) -> zs3.ObjectInfo:
+        """See Store."""
+        return info_of(key, self._read(bucket, key))
+
+    def open_object(self, bucket: str, key: str) -> tuple[zs3.ObjectInfo, StoredContent]:
+        """See Store."""
+        value = self._read(bucket, key)
+        return info_of(key, value), StoredContent(self.cluster, value)
+
+    def put_object(
+        self,
+        bucket: str,
+        key: str,
+        body: zs3.Body,
+        headers: dict[str, str],
+        condition: zs3.Condition,
+    ) -> zs3.ObjectInfo:
+        """See Store. What can be refused is refused before the body is read, unless it is small."""
+        if condition != zs3.NO_CONDITION:
+            self._check(bucket, key, condition)
+        elif body.size is None or body.size > INLINE_BYTES:
+            self._require_bucket(bucket, None)
+        with self._pinned() as pin:
+            stored = self._store_body(body, pin)
+            kind = "FULL_OBJECT" if body.checksums else ""
+            info = zs3.ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
+            return self._commit(bucket, key, info, stored, condition)
+
+    def _check(self, bucket: str, key: str, condition: zs3.Condition) -> None:
+        """Raise what the condition raises now. Losers of a race learn it so, without disturbing the
+        winner."""
+        try:
+            current: zs3.ObjectInfo | None = self.stat_object(bucket, key)
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise
+            current = None
+        condition.check(current)
+
+    @contextlib.contextmanager
+    def _pinned(self) -> Iterator[Callable[[Collection[str]], None]]:
+        """A function that pins blocks until the end of the `with`."""
+        pinned: list[str] = []
+
+        def pin(blocks: Collection[str]) -> None:
+            self.node.pins.add(blocks)
+            pinned.extend(blocks)
+
+        try:
+            yield pin
+        except S3Error as error:
+            if error.status == 503 and pinned:
+                # It may have happened all the same, by a message that is still on its way.
+                late, pinned = pinned, []
+                timer = threading.Timer(LATE_SECONDS, self.node.pins.drop, [late])
+                timer.daemon = True
+                timer.start()
+            raise
+        finally:
+            self.node.pins.drop(pinned)
+
+    def _store_body(
+        self, body: Iterable[memoryview], pin: Callable[[Collection[str]], None]
+    ) -> Value:
+        """The fields of a value that say where the body's bytes are. What the body raises,
+        SlowDown."""
+        buffer = bytearray()
+        hashes: list[str] = []
+        size = 0
+
+        def store(data: bytes) -> None:
+            if len(hashes) >= MAX_OBJECT_BLOCKS:
+                raise S3Error("EntityTooLarge")
+            hashes.append(block_hash(data))
+            pin(hashes[-1:])
+            self.cluster.store(hashes[-1], data)
+
+        for piece in body:
+            size += len(piece)
+            buffer += piece
+            while len(buffer) >= BLOCK_BYTES:
+                store(bytes(memoryview(buffer)[:BLOCK_BYTES]))
+                del buffer[:BLOCK_BYTES]
+        if not hashes and len(buffer) <= INLINE_BYTES:
+            return {"inline": base64.b64encode(buffer).decode()}
+        if buffer:
+            store(bytes(buffer))
+        return {"blocks": [[size, "".join(hashes)]]}
+
+    def _commit(
+        self, bucket: str, key: str, info: zs3.ObjectInfo, stored: Value, condition: zs3.Condition
+    ) -> zs3.ObjectInfo:
+        """Make the record of bytes that are stored the key's."""
+        record = {**info.record(), "modified": time.time()}
+        parts = record.pop("parts", None)
+        value = {"id": secrets.token_hex(8), "info": record, **stored}
+        if parts:
+            value["parts"] = parts
+
+        def decide(current: Value | None) -> Value | None:
+            condition.check(info_of(key, current) if current else None)
+            return value
+
+        def change() -> Value:
+            return cast(Value, self._run(self.rounds.change(bucket, key, decide)))
+
+        try:
+            written = change()
+        except BucketClosing as closing:
+            # Somebody is deleting the bucket, or died while doing so: after a while, take his mark
+            # away.
+            time.sleep(CLOSING_SECONDS)
+            self._reopen(bucket, closing.mark)
+            written = change()
+        return info_of(key, written)
+
+    def copy_object(
+        self,
+        info: zs3.ObjectInfo,
+        content: zs3.Content,
+        bucket: str,
+        key: str,
+        condition: zs3.Condition,
+    ) -> zs3.ObjectInfo:
+        """See Store. Moves no bytes; the content, as long as it is open, pins the blocks."""
+        assert isinstance(content, StoredContent)
+        fields = ("blocks", "inline")
+        stored: Value = {name: content.value[name] for name in fields if name in content.value}
+        self._keep(blocks_of(content.value))
+        return self._commit(bucket, key, info, stored, condition)
+
+    def _keep(self, blocks: Sequence[str]) -> None:
+        """Have pinned blocks where they should be, though their last record may have gone
+        meanwhile."""
+        for block in self.cluster.touch(blocks):
+            self.cluster.store(block, self.cluster.fetch(block))
+
+    def delete_object(self, bucket: str, key: str, condition: zs3.Condition) -> None:
+        """See Store."""
+        grave = tombstone()
+
+        def decide(current: Value | None) -> Value | None:
+            condition.check(info_of(key, current) if current else None)
+            return grave if current else None
+
+        self._run(self.rounds.change(bucket, key, decide))
+
+    def scan(
+        self, bucket: str, prefix: str, start: str, delimiter: str
+    ) -> Iterator[zs3.ObjectInfo]:
+        """See Store."""
+        empty = True
+        for key, head, _ in self._entries(bucket, prefix, start, delimiter, False):
+            empty = False
+            yield info_of(key, json.loads(head))
+        if empty:
+            self._require_bucket(bucket, None)
+
+    def _entries(
+        self,
+        bucket: str,
+        prefix: str,
+        start: str,
+        delimiter: str,
+        whole: bool,
+        marked: Value | None = None,
+    ) -> Iterator[Entry]:
+        """Live entries in key order; with their tails if `whole`. If `marked`, only owners that
+        have accepted that as the bucket's record are asked."""
+        position: str | None = start
+        while position is not None:
+            fields = {
+                "bucket": bucket,
+                "prefix": prefix,
+                "start": position,
+                "delimiter": delimiter,
+                "whole": whole,
+                "mark": marked["id"] if marked else "",
+            }
+            quorum = change_quorum if marked else read_quorum
+            pages = self._run(self.rounds.gather("page", bucket, fields, "entries", quorum))
+            found, position = merge_pages(pages, prefix, delimiter)
+            yield from found
+
+    def concatenate(
+        self,
+        bucket: str,
+        key: str,
+        parts: Sequence[zs3.ObjectInfo],
+        info: zs3.ObjectInfo,
+        condition: zs3.Condition,
+    ) -> zs3.ObjectInfo:
+        """See Store. Moves no bytes, but those of parts so small that they are inline."""
+        self._require_bucket(bucket, None)
+        if condition != zs3.NO_CONDITION:
+            self._check(bucket, key, condition)
+        with self._pinned() as pin:
+            stored = self._join(parts, pin)
+            return self._commit(bucket, key, info, stored, condition)
+
+    def _join(
+        self, parts: Sequence[zs3.ObjectInfo], pin: Callable[[Collection[str]], None]
+    ) -> Value:
+        """The fields of a value that say where the parts' bytes are."""
+        wanted = {part.key: part.etag for part in parts}
+        values: dict[str, Value] = {}
+        prefix = parts[0].key.rpartition("/")[0] + "/"
+        for part_key, head, tail in self._entries(UPLOADS, prefix, min(wanted), "", True):
+            if part_key in wanted:
+                values[part_key] = {**json.loads(head), **json.loads(tail or "{}")}
+        for part_key, etag in wanted.items():
+            if part_key not in values or values[part_key]["info"]["etag"] != etag:
+                raise S3Error("InvalidPart")
+        segments: list[Any] = []
+        for part in parts:
+            value = values[part.key]
+            if "inline" in value:
+                data = base64.b64decode(value["inline"])
+                segments += self._store_small(data, pin) if data else []
+            segments += value.get("blocks", [])
+        hashes = blocks_of({"blocks": segments})
+        if len(hashes) > MAX_OBJECT_BLOCKS:
+            raise S3Error("EntityTooLarge")
+        pin(hashes)
+        self._keep(hashes)
+        return {"blocks": segments} if segments else {"inline": ""}
+
+    def _store_small(self, data: bytes, pin: Callable[[Collection[str]], None]) -> list[Any]:
+        block = block_hash(data)
+        pin([block])
+        self.cluster.store(block, data)
+        return [[len(data), block]]
+
+    # --- Peers' requests ---
+
+    def internal(self, request: zs3.Request) -> zs3.Response:
+        """See Store. GET of `ping`, `peers` and `providers/HASH` is for anyone; all else is for
+        peers."""
+        name, _, argument = request.path.removeprefix("/_zs3/").partition("/")
+        if request.method in ("GET", "HEAD"):
+            return self._open_page(name, argument)
+        if request.method != "POST" or (name not in MESSAGES and name not in ("store", "fetch")):
+            return json_response(404, {"error": "no such message"})
+        try:
+            sender, signature = self.seal.check(request)
+        except (S3Error, ValueError) as error:
+            return json_response(403, {"error": str(error)})
+        self.node.saw(sender)
+        self.cluster.peers.heard(sender.node)
+        status, body = self._answer(name, argument, request, sender)
+        proof = self.seal.proof(signature, status, body) if name != "fetch" or status != 200 else ""
+        return zs3.Response(status, {"x-zs3-proof": proof} if proof else {}, body)
+
+    def _answer(
+        self, name: str, argument: str, request: zs3.Request, sender: Contact
+    ) -> tuple[int, bytes]:
+        try:
+            if name == "fetch":
+                data = self.node.blocks.get(text_field(HASH)(argument))
+                return (404, b"") if data is None else (200, data)
+            if name == "store":
+                data = read_body(request, BLOCK_BYTES)
+                need(block_hash(data) == argument, "block: it does not match its name")
+                self.node.blocks.put(argument, data)
+                return 200, b"{}"
+            data = read_body(request, MESSAGE_BYTES)
+            digest = request.header("x-amz-content-sha256")
+            need(hmac.compare_digest(hashlib.sha256(data).hexdigest(), digest), "payload hash")
+            message = parse_message(name, data)
+            return 200, pack(self.node.answer(name, message, sender))
+        except (ValueError, RecursionError) as error:
+            return 400, pack({"error": str(error)})
+        except OSError as error:
+            # A full or broken disk: what was asked did not happen here, the sender has other nodes.
+            LOG.error("%s for %s: %s", name, sender.address, error)
+            return 503, pack({"error": str(error)})
+
+    def _open_page(self, name: str, argument: str) -> zs3.Response:
+        """What anyone may see, with curl."""
+        if name == "ping" and not argument:
+            return json_response(200, self.status())
+        if name == "peers" and not argument:
+            with self.node.table_lock:
+                contacts = self.node.table.contacts()
+            return json_response(200, {"peers": [self._peer(contact) for contact in contacts]})
+        if name == "providers" and HASH.fullmatch(argument):
+            found = self.node.on_find_providers({"hash": argument}, self.node.own)["providers"]
+            return json_response(200, {"hash": argument, "providers": found})
+        return json_response(404, {"error": "no such page"})
+
+    def _peer(self, contact: Contact) -> Message:
+        view = self.node.registers.view
+        member = view is not None and view.member(contact.node) is not None
+        silent = self.cluster.peers.skipped(contact.node)
+        node = node_hex(contact.node)
+        return {"node": node, "address": contact.address, "member": member, "silent": silent}
+
+    def status(self) -> Message:
+        """What this node is and has done."""
+        view = self.node.registers.view
+        with self.node.table_lock:
+            peers = len(self.node.table.contacts())
+        return {
+            "node": node_hex(self.node.own.node),
+            "address": self.node.own.address,
+            "joined": self.cluster.joined.is_set(),
+            "epoch": view.epoch if view else 0,
+            "members": len(view.members) if view else 0,
+            "joining": bool(view and view.previous),
+            "objects": self.node.registers.objects,
+            "blocks": self.node.blocks.count,
+            "bytes": self.node.blocks.total_bytes,
+            "peers": peers,
+            **{
+                name: self.counts[name]
+                for name in ("repairs", "healed", "collected", "buried", "pulled")
+            },
+        }
+
+
+def json_response(status: int, body: Message) -> zs3.Response:
+    """A page for curl, or a refusal."""
+    return zs3.Response(status, {"Content-Type": "application/json"}, pack(body) + b"\n")
+
+
+def read_body(request: zs3.Request, limit: int) -> bytes:
+    """The whole body of a peer's request. ValueError when it is longer than `limit` or has no
+    length."""
+    declared = request.header("content-length")
+    need(declared.isdecimal() and int(declared) <= limit, "length")
+    data = bytearray(int(declared))
+    view = memoryview(data)
+    while view:
+        got = request.wire.readinto(view)
+        need(got, "length")
+        view = view[got:]
+    return bytes(data)
+
+
+# ===== 9 Repair, tombstones, garbage =====
+
+
+class Housekeeping:
+    """The jobs of one node that keep what is stored as it should be. Each method is one bounded
+    step of a job, called by `Job` at its interval."""
+
+    def __init__(self, store: DistributedStore, grace: float, tombstone_grace: float) -> None:
+        self.store, self.cluster, self.node = store, store.cluster, store.node
+        self.registers, self.blocks = store.node.registers, store.node.blocks
+        self.grace, self.tombstone_grace = grace, tombstone_grace
+        self._suspects: dict[
+            str, tuple[float, float]
+        ] = {}  # unused block -> (since, its touch time)
+        self._published = -REPUBLISH_SECONDS
+
+    # --- Catching up ---
+
+    def pull(self) -> None:
+        """Take over what other owners accepted. In a joint view, note when all of it has come."""
+        view = self.cluster.view()
+        reached = {self.node.own.node}
+        for contact in view.everybody():
+            if contact != self.node.own and self._pull_from(view, contact):
+                reached.add(contact.node)
+        if view.previous and self.registers.synced < view.epoch:
+            unreached = sum(contact.node not in reached for contact in view.previous)
+            # See "Between views" in section 7: who was not reached is fewer than any change quorum.
+            if unreached < change_quorum(min(view.replicas, len(view.previous))):
+                self.registers.set_synced(view.epoch)
+
+    def _pull_from(self, view: View, contact: Contact) -> bool:
+        """True when everything that `contact` has, in this view, has been seen."""
+        if self.cluster.peers.skipped(contact.node):
+            return False
+        # A node looks at all again in a new view, since it may own other buckets.
+        place = f"pulled {node_hex(contact.node)}"
+        epoch, since = map(int, (self.registers.meta(place) or "0 0").split())
+        since = since if epoch == view.epoch else 0
+        more = True
+        while more:
+            answer = self.cluster.call("changes", {"epoch": view.epoch, "since": since}, contact)
+            if answer is None or "entries" not in answer:
+                self._views(answer, contact)
+                return False
+            if not self._take(view, contact, answer["entries"]):
+                return False
+            for bucket, floor in answer["floors"].items():
+                self.registers.raise_floor(bucket, floor)
+            more = answer["more"]
+            if since != answer["upto"] or epoch != view.epoch:
+                epoch, since = view.epoch, answer["upto"]
+                self.registers.set_meta(place, f"{epoch} {since}")
+        return True
+
+    def _views(self, answer: Message | None, contact: Contact) -> None:
+        """One of the two does not know the newest view."""
+        if answer and "views" in answer:
+            self.cluster.adopt(answer["views"])
+        elif answer and "behind" in answer:
+            views = self.registers.views_after(answer["behind"])
+            self.cluster.call("views", {"views": views}, contact)
+
+    def _take(self, view: View, contact: Contact, entries: Sequence[Sequence[Any]]) -> bool:
+        lacking: list[tuple[str, str]] = []
+        agreed: list[tuple[str, str, str]] = []
+        for bucket, key, accepted, chosen in entries:
+            slot = self.registers.slot(bucket, key)
+            if accepted > slot.accepted:
+                lacking.append((bucket, key))
+            elif accepted == slot.accepted and not slot.chosen:
+                both = {contact.node, self.node.own.node}
+                small = min(map(len, view.groups(bucket))) <= 2  # where one may have to speak alone
+                if chosen or (small and covers(view.groups(bucket), both, change_quorum)):
+                    agreed.append((bucket, key, accepted))
+        self.registers.mark_chosen(agreed)
+        while lacking:
+            taken = self._take_values(view, contact, lacking[:BATCH])
+            if not taken:
+                return False
+            lacking = lacking[taken:]
+        return True
+
+    def _take_values(self, view: View, contact: Contact, places: list[tuple[str, str]]) -> int:
+        """Take over some registers from `contact`. Returns how many of `places` are done."""
+        answer = self.cluster.call("values", {"epoch": view.epoch, "places": places}, contact)
+        if answer is None or "slots" not in answer:
+            return 0
+        slots = answer["slots"]
+        for (bucket, key), (accepted, chosen, value) in zip(places, slots, strict=False):
+            if value is not None and not self.registers.offer(bucket, key, accepted, chosen, value):
+                self.cluster.run(self.cluster.rounds.read(bucket, key))
+                self.cluster.run(self.cluster.rounds.change(bucket, key, lambda current: None))
+            self.store.counts["pulled"] += 1
+        return len(slots)
+
+    # --- Tombstones ---
+
+    def bury(self) -> None:
+        """Drop tombstones that are older than the grace and that every owner has.
+
+        The clock only says when to ask. What keeps a deleted key from coming back is that no owner
+        has anything older than the tombstone any more, and that all promise not to accept it
+        (`floors`).
+        """
+        view = self.cluster.view()
+        after = ("", "")
+        while True:
+            graves = self.registers.graves(time.time() - self.tombstone_grace, after)
+            if not graves or self.store.closing.is_set():
+                return
+            after = graves[-1][:2]
+            everywhere = self._everywhere(view, graves)
+            done = sum(self.registers.bury(*grave) for grave in everywhere)
+            self.store.counts["buried"] += done
+
+    def _everywhere(
+        self, view: View, graves: list[tuple[str, str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Those of `graves` that all owners have."""
+        lacking: set[tuple[str, str, str]] = set()
+        owners: dict[Contact, list[tuple[str, str, str]]] = {}
+        for grave in graves:
+            for contact in {contact for group in view.groups(grave[0]) for contact in group}:
+                owners.setdefault(contact, []).append(grave)
+        for contact, asked in owners.items():
+            answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
+            said = answer.get("buried", []) if answer else []
+            there = {grave for grave, one in zip(asked, said, strict=False) if one}
+            lacking |= set(asked) - there
+        return [grave for grave in graves if grave not in lacking]
+
+    # --- Blocks ---
+
+    def tend(self) -> None:
+        """One walk over this node's blocks: collect garbage, restore replicas, announce what is
+        here."""
+        announce = self.cluster.node.clock() - self._published > REPUBLISH_SECONDS
+        walk = (block for block, _ in self.blocks.walk())
+        suspects: dict[str, tuple[float, float]] = {}
+        freed = 0
+        while batch := list(itertools.islice(walk, BATCH)):
+            used = self._used(batch)
+            if used is not None:
+                unused = {block for block, one in zip(batch, used, strict=True) if not one}
+                freed += self._collect(sorted(unused), suspects)
+                batch = [block for block in batch if block not in unused]
+            self._replicate(batch, announce)
+            if self.store.closing.wait(0.01):
+                return
+        self._suspects = suspects
+        if announce:
+            self._published = self.cluster.node.clock()
+        if freed:
+            LOG.info("garbage collection freed %d bytes", freed)
+
+    def _used(self, blocks: Sequence[str]) -> list[bool] | None:
+        """Which of the blocks any record or operation needs; None unless every node has answered.
+
+        A quorum would do for what was acknowledged. But one silent owner may have accepted a change
+        whose outcome nobody knows; the next reader that meets it there would finish it.
+        """
+        used = [False] * len(blocks)
+        for contact in self.cluster.view().everybody():
+            answer = self.cluster.call("used", {"hashes": blocks}, contact)
+            if answer is None:
+                return None
+            used = [one or other for one, other in zip(used, answer["used"], strict=True)]
+        return used
+
+    def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
+        """Remove what was unused and untouched for the grace; the others stay suspects. Returns
+        bytes."""
+        freed, now = 0, self.cluster.node.clock()
+        for block in unused:
+            touched = self.blocks.touched(block)
+            if touched is None:
+                continue
+            since, before = self._suspects.get(block, (now, touched))
+            if touched != before:
+                since = now
+            suspects[block] = (since, touched)
+            if now - since >= self.grace:
+                size = self.blocks.remove(block, touched)
+                self.store.counts["collected"] += bool(size)
+                freed += size
+        return freed
+
+    def _replicate(self, blocks: list[str], announce: bool) -> None:
+        """Have each block on the live members nearest to it; drop a copy that nobody looks for
+        here."""
+        if not blocks:
+            return
+        view, own = self.cluster.view(), self.node.own
+        there, answered = self.cluster.have(blocks, touch=False)
+        for block in blocks:
+            order = self.cluster.holders(block)
+            wanted = [contact for contact in order if contact.node in answered][: view.replicas]
+            holding = [contact for contact in order if contact.node in there[block]]
+            if holding[:1] == [own]:
+                for contact in wanted:
+                    if contact not in holding:
+                        self._push(block, contact)
+            regular = order[: view.replicas]
+            if own not in regular and all(contact in holding for contact in regular):
+                touched = self.blocks.touched(block)
+                if touched is not None:
+                    self.blocks.remove(block, touched)
+        if announce:
+            self._announce(blocks)
+
+    def _push(self, block: str, contact: Contact) -> None:
+        data = self.blocks.get(block)
+        if data is None:
+            return
+        question = Question(contact, f"store/{block}", data, raw=True)
+        replies = self.cluster.peers.ask([question], bool, 1, BLOCK_SECONDS)
+        if replies.get(contact.node, Reply(0)).status == 200:
+            self.store.counts["repairs"] += 1
+
+    def _announce(self, blocks: Sequence[str]) -> None:
+        """Tell the nodes nearest to each block that this node holds it. (Kademlia, 2.5)"""
+        wanted: dict[Contact, list[str]] = {}
+        with self.node.table_lock:
+            contacts = self.node.table.contacts()
+        for block in blocks:
+            for contact in nearest(contacts, block_target(block), self.cluster.view().replicas):
+                wanted.setdefault(contact, []).append(block)
+        for contact, hashes in wanted.items():
+            self.cluster.call("provide", {"hashes": hashes}, contact)
+
+    def touch_pinned(self) -> None:
+        """Touch the blocks of operations under way, in case this node cannot be asked about its
+        pins."""
+        blocks = self.node.pins.list()
+        for start in range(0, len(blocks), BATCH):
+            self.cluster.have(blocks[start : start + BATCH], touch=True)
+
+    def scrub(self) -> None:
+        """Read every block once, slowly; one that went bad is set aside and fetched anew."""
+        for block, size in self.blocks.walk():
+            if self.blocks.get(block) is None and not self.blocks.has(block):
+                self._heal(block)
+            if self.store.closing.wait(size / SCRUB_BYTES_PER_SECOND):
+                return
+
+    def _heal(self, block: str) -> None:
+        try:
+            self.cluster.fetch(block)
+            self.store.counts["healed"] += 1
+            LOG.info("block %s was healed", block)
+        except S3Error as error:
+            LOG.warning("block %s could not be healed: %s", block, error)
+
+
+class Job:
+    """Calls a step again and again, `interval` seconds apart, until the store is closed."""
+
+    def __init__(self, store: DistributedStore, step: Callable[[], None], interval: float) -> None:
+        self.store, self.step, self.interval = store, step, interval
+        self.__name__ = step.__name__
+
+    def __call__(self) -> None:
+        while not self.store.closing.is_set():
+            try:
+                self.step()
+            except (S3Error, StaleView) as error:
+                LOG.debug("%s: %s", self.__name__, error)  # too few peers: next time, then
+            except OSError as error:
+                LOG.warning("%s: %s", self.__name__, error)  # a full disk: next time, then
+            except Exception:
+                if self.store.closing.is_set():
+                    return  # the registers were closed under it
+                LOG.exception("%s", self.__name__)
+            self.store.closing.wait(self.interval)
+
+
+# ===== 10 Joining and discovery =====
+
+
+class Membership:
+    """How this node becomes and stays a member, and learns of others."""
+
+    def __init__(self, store: DistributedStore, bootstrap: Sequence[str], replicas: int) -> None:
+        self.store, self.cluster, self.node = store, store.cluster, store.node
+        self.registers = store.node.registers
+        self.bootstrap = set(bootstrap)
+        self.discovered: dict[str, int] = {}  # address -> node id, from multicast
+        self.replicas = replicas
+        self.discovering = False
+        self.forget_after = math.inf  # seconds of silence
+        self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
+        self.alone_since = time.monotonic()
+
+    # --- Becoming a member ---
+
+    def join(self) -> None:
+        """One try to become a member, if this node is not one; or to tell a new address."""
+        view = self.registers.view
+        member = view.member(self.node.own.node) if view else None
+        if view is not None and member == self.node.own:
+            self.cluster.check_membership()
+            if len(view.members) == 1:
+                self._merge(view)
+            return
+        if view is not None and member is not None and len(view.members) == 1:
+            self._enter()  # alone, at a new address
+            return
+        if view is not None:
+            self._hello_all(view)
+            self._enter()
+            return
+        self._find_cluster()
+
+    def _addresses(self) -> list[str]:
+        return sorted((self.bootstrap | set(self.discovered)) - {self.node.own.address})
+
+    def _ask(self, address: str) -> Message | None:
+        """hello to an address whose node is not known. None when no peer of this cluster answers
+        there."""
+        view = self.registers.view
+        return self.cluster.call("hello", {"epoch": view.epoch if view else 0}, Contact(0, address))
+
+    def _find_cluster(self) -> None:
+        """A fresh node: enter the cluster that the others are in; found one if there is none to
+        find."""
+        fresh: list[int] = []
+        silent = False
+        for address in self._addresses():
+            answer = self._ask(address)
+            if answer is None:
+                silent = silent or address in self.bootstrap
+            elif answer["epoch"]:
+                return self._install(answer)
+            else:
+                fresh.append(contact_field(answer["contact"]).node)
+        founds = not self.bootstrap and not self.discovering
+        waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
+        listed = self.node.own.address in self.bootstrap or self.discovering
+        if (
+            listed
+            and waited
+            and not silent
+            and self.node.own.node < min(fresh, default=1 << ID_BITS)
+        ):
+            founds = True
+        if founds:
+            view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
+            self.registers.install([view])
+            self.cluster.check_membership()
+            LOG.info("founded a cluster as node %s", node_hex(self.node.own.node))
+
+    def _install(self, answer: Message) -> None:
+        self.registers.install([View.from_json(raw) for raw in answer["views"]])
+        self._enter()
+
+    def _enter(self) -> None:
+        """Have a view decided of which this node is a member, at its present address.
+
+        Who was a member at this address before, under another id, lost its disk: it is replaced.
+        """
+        own = self.node.own
+        view = self.cluster.known_view()
+        if view.member(own.node) is None and self.registers.buckets():
+            self.registers.install([View.from_json(raw) for raw in self.registers.views_after(0)])
+
+        def make(view: View) -> View | None:
+            if view.member(own.node) == own:
+                return None
+            others = (c for c in view.members if c.node != own.node and c.address != own.address)
+            return view.with_members([*others, own])
+
+        self.propose(make)
+        self.cluster.check_membership()
+        LOG.info("node %s is a member, at %s", node_hex(own.node), own.address)
+
+    def _merge(self, view: View) -> None:
+        """A cluster of one node without a bucket that meets another cluster gives itself up for
+        it."""
+        if self.registers.buckets():
+            return
+        for address in self._addresses():
+            answer = self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
+            if answer is None or not answer["views"]:
+                continue
+            other = View.from_json(answer["views"][-1])
+            if other.cluster == view.cluster:
+                continue
+            if not answer["idle"] or other.members[0].node < self.node.own.node:
+                self.cluster.joined.clear()
+                return self._install(answer)
+
+    # --- Views ---
+
+    def propose(self, make: Callable[[View], View | None]) -> None:
+        """Have the view decided that `make` makes of the present one, until it says None."""
+        while True:
+            view = self.cluster.known_view()
+            after = make(view)
+            if after is None:
+                return
+            with contextlib.suppress(StaleView):  # another view was decided meanwhile
+                self._decide(view, after)
+
+    def _decide(self, view: View, after: View) -> None:
+        """Decide the view that follows `view`: `after`, or what somebody else had decided
+        already."""
+        value = {"id": secrets.token_hex(8), "view": after.as_json()}
+
+        def voters(now: View) -> Groups:
+            if now.epoch != view.epoch:
+                raise StaleView
+            return self._voters(now, after)
+
+        steps = self.cluster.rounds.change(
+            VIEWS, f"{view.epoch + 1:08x}", lambda current: None if current else value, voters
+        )
+        decided = cast(Value, self.cluster.run(steps))["view"]
+        self.cluster.adopt([decided])
+        everybody = {*view.everybody(), *View.from_json(decided).everybody()} - {self.node.own}
+        views = self.registers.views_after(max(0, view.epoch - 10))
+        self.cluster.tell("views", {"views": views}, sorted(everybody))
+
+    def _voters(self, now: View, after: View) -> Groups:
+        """All members; but the last of two may go on alone when its operator orders it to forget
+        the other (`--forget`): what was acknowledged, both had accepted."""
+        alone = len(now.members) == 2 and after.members == (self.node.own,)
+        complete = not now.previous or self.registers.synced == now.epoch
+        if self.forgetting and alone and complete:
+            return ((self.node.own,),)
+        return now.groups(VIEWS)
+
+    forgetting = False
+
+    def settle(self) -> None:
+        """End a joint view when enough members have all that was known before it (section 7)."""
+        view = self.cluster.view()
+        if not view.previous:
+            return
+        synced = {self.node.own.node: self.registers.synced}
+        for contact in view.members:
+            if contact != self.node.own and not self.cluster.peers.skipped(contact.node):
+                answer = self.cluster.call("hello", {"epoch": view.epoch}, contact)
+                synced[contact.node] = answer["synced"] if answer else 0
+        lacking = sum(synced.get(contact.node, 0) < view.epoch for contact in view.members)
+        if lacking < read_quorum(min(view.replicas, len(view.members))):
+            self.propose(lambda now: now.settled() if now.epoch == view.epoch else None)
+
+    def forget(self, node: int) -> None:
+        """Have a view decided without `node`."""
+
+        def make(view: View) -> View | None:
+            if view.member(node) is None:
+                return None
+            after = view.with_members(c for c in view.members if c.node != node)
+            return after.alone() if self.forgetting and len(view.members) == 2 else after
+
+        self.propose(make)
+        LOG.warning("node %s was forgotten", node_hex(node))
+
+    # --- Staying one ---
+
+    def gossip(self) -> None:
+        """hello to every member: spreads views, notes who is silent, and for how long."""
+        view = self.cluster.known_view()
+        self._hello_all(view)
+        now = time.monotonic()
+        for contact in view.members:
+            silent = now - self.heard.setdefault(contact.node, now)
+            if contact.node != self.node.own.node and silent > self.forget_after:
+                with contextlib.suppress(S3Error):  # no majority of the members is with us: later
+                    self.forget(contact.node)
+        self._refresh()
+
+    def _hello_all(self, view: View) -> None:
+        contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
+        replies = self.cluster.tell("hello", {"epoch": view.epoch}, contacts)
+        self.heard[self.node.own.node] = time.monotonic()
+        for contact in contacts:
+            answer = replies.get(contact.node, Reply(0)).json()
+            if answer is not None:
+                self.heard[contact.node] = time.monotonic()
+                self.cluster.adopt(answer["views"])
+
+    def _refresh(self) -> None:
+        """Keep the routing table: ping who may be gone, look up ids in k-buckets that fell
+        silent."""
+        with self.node.table_lock:
+            doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
+            targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
+        view = self.cluster.known_view()
+        for contact in doubted:
+            if self.cluster.call("hello", {"epoch": view.epoch}, contact) is None:
+                with self.node.table_lock:
+                    self.node.table.failed(contact)
+        for target in targets:
+            self.cluster.find(target)
+        self.node.providers.expire(self.node.clock())
+
+    def probe(self) -> None:
+        """hello to members that did not answer lately, so that no client's request need find
+        out."""
+        view = self.cluster.known_view()
+        silent = [c for c in view.everybody() if self.cluster.peers.skipped(c.node)]
+        self.cluster.tell("hello", {"epoch": view.epoch}, silent)
+
+    # --- Discovery on the local network ---
+
+    def announce(self) -> None:
+        """Tell the multicast group where this node is. The packet proves that it is of this
+        cluster."""
+        text = pack([*self.node.own.as_json()])
+        packet = hmac.digest(bytes.fromhex(self.store.seal.secret), text, "sha256") + text
+        with contextlib.closing(multicast_socket(self.node.own.address)) as sender:
+            sender.sendto(packet, DISCOVERY_GROUP)
+
+    def listen(self) -> None:
+        """Hear the others' announcements, until the store is closed."""
+        own_host = self.node.own.address.rpartition(":")[0]
+        with contextlib.closing(multicast_socket(self.node.own.address)) as receiver:
+            receiver.bind(("", DISCOVERY_GROUP[1]))
+            group = socket.inet_aton(DISCOVERY_GROUP[0]) + socket.inet_aton(interface_of(own_host))
+            receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+            receiver.settimeout(1.0)
+            while not self.store.closing.is_set():
+                with contextlib.suppress(
+                    TimeoutError, ValueError
+                ):  # nothing heard, or no packet of ours
+                    self._heard_packet(receiver.recv(1024))
+
+    def _heard_packet(self, packet: bytes) -> None:
+        proof = hmac.digest(bytes.fromhex(self.store.seal.secret), packet[32:], "sha256")
+        if hmac.compare_digest(proof, packet[:32]):
+            contact = contact_field(json.loads(packet[32:]))
+            if contact.node != self.node.own.node and len(self.discovered) < MAX_MEMBERS:
+                self.discovered[contact.address] = contact.node
+
+
+def interface_of(host: str) -> str:
+    """The IPv4 address of the interface that a host's address is on; 0.0.0.0 lets the kernel
+    choose."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return "0.0.0.0"
+
+
+def multicast_socket(address: str) -> socket.socket:
+    """A UDP socket whose multicasts leave by the interface of `address` and are heard on this
+    machine too."""
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    interface = socket.inet_aton(interface_of(address.rpartition(":")[0]))
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+    return one
+
+
+# ===== 11 Opening =====
+
+
+def node_id(data: Path) -> int:
+    """This disk's identity. A new one when there is none, or when the registers that it promised by
+    are gone: a node must not vote with another's amnesia."""
+    path = data / ".node_id"
+    if path.exists() and (data / ".index" / "registers.db").exists():
+        return int(text_field(NODE)(path.read_text().strip()), 16)
+    node = secrets.randbits(ID_BITS)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(node_hex(node) + "\n")
+    for old in (data / ".index").glob("registers.db*"):
+        old.unlink()
+    temporary.replace(path)
+    return node
+
+
+def advertised(args: argparse.Namespace) -> str:
+    """The address that peers are told: --advertise, or that of the interface that we listen on."""
+    if args.advertise:
+        return cast(str, text_field(ADDRESS)(args.advertise))
+    host = str(args.host)
+    if host in ("", "0.0.0.0", "::"):
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+            try:
+                probe.connect(DISCOVERY_GROUP)  # sends nothing: asks which interface it would be
+                host = probe.getsockname()[0]
+            except OSError:
+                host = "127.0.0.1"
+    return f"[{host}]:{args.port}" if ":" in host else f"{host}:{args.port}"
+
+
+def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]) -> str:
+    """--cluster-secret, or the first admin's secret: nodes with the same --acl make one cluster."""
+    if args.cluster_secret:
+        return cast(str, args.cluster_secret)
+    admins = sorted(c for c in credentials.values() if c.role == "admin")
+    if not admins:
+        raise SystemExit("zs3: distributed mode needs --cluster-secret, or an admin in --acl")
+    return f"{admins[0].access}\0{admins[0].secret}"
+
+
+def open_store(
+    args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]
+) -> DistributedStore:
+    """The store of a node of a cluster, as the command line asks for it. `start` begins its
+    jobs."""
+    data = Path(args.data_dir)
+    (data / ".index").mkdir(parents=True, exist_ok=True)
+    own = Contact(node_id(data), advertised(args))
+    registers = Registers(own.node, str(data / ".index" / "registers.db"), args.fsync)
+    node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
+    seal = Seal(own, cluster_secret(args, credentials))
+    store = DistributedStore(Cluster(node, Peers(seal)), seal)
+    add_jobs(store, args)
+    return store
+
+
+def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
+    """What runs in the background, and how often: all intervals follow from
+    --gossip-interval-ms."""
+    gossip = args.gossip_interval_ms / 1000
+    keep = Housekeeping(store, args.gc_grace, args.tombstone_grace)
+    member = Membership(store, args.bootstrap, args.replicas)
+    member.forget_after = max(FORGET_ROUNDS * gossip, args.tombstone_grace)
+    steps: list[tuple[Callable[[], None], float]] = [
+        (member.join, 0.5),
+        (member.settle, 0.3),
+        (member.gossip, gossip),
+        (member.probe, 1.0),
+        (keep.pull, min(PULL_SECONDS, gossip)),
+        (keep.bury, min(gossip, max(args.tombstone_grace / 2, 0.2))),
+        (keep.tend, min(2 * gossip, max(args.gc_grace / 2, 0.2))),
+        (keep.touch_pinned, max(args.gc_grace / 3, 0.2)),
+        (keep.scrub, SCRUB_ROUNDS * gossip),
+    ]
+    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]
+    if args.discover:
+        member.discovering = True
+        store.jobs += [
+            Job(store, member.announce, DISCOVERY_SECONDS),
+            Job(store, member.listen, 1.0),
+        ]
+    if args.forget:
+        node = int(text_field(NODE)(args.forget), 16)
+        member.forgetting = True
+        store.jobs.append(Job(store, once(lambda: member.forget(node)), 1.0))
+
+
+def once(step: Callable[[], None]) -> Callable[[], None]:
+    """A step that does nothing after it has succeeded."""
+    done = threading.Event()
+
+    def forget() -> None:
+        if not done.is_set():
+            step()
+            done.set()
+
+    return forget
