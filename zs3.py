@@ -3591,7 +3591,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             if isinstance(response.body, Stream):
                 response.body.content.close()
-            self.server.log(request, response.status, length, time.monotonic() - began)
+            if not request.path.startswith("/_zs3/") or request.path in Service.HEALTH_PATHS:
+                self.server.log(request, response.status, length, time.monotonic() - began)
         if not request.wire.ended and not request.wire.waits:
             self._linger()
         return keep
@@ -3679,7 +3680,7 @@ class Server(ThreadingHTTPServer):
         finally:
             with self._idle:
                 self._under_way -= 1
-                if not self._under_way:
+                if self.stopping and not self._under_way:
                     self._idle.notify_all()
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -179,8 +179,11 @@ class Uses:
         self.names: set[tuple[str, str]] = set()
         for module in modules:
             for node in module.tree.body:
-                if not defined_names(node):
+                names = defined_names(node)
+                if not names:
                     self._follow(module, node)
+                for name in ALLOWED.keys() & names:
+                    self._reach(module.name, name)
                 for decorator in getattr(node, "decorator_list", []):
                     if dotted(decorator)[0] in module.definitions:
                         self._reach(module.name, defined_names(node)[0])
@@ -208,7 +211,7 @@ def check_names(modules: list[Module]) -> Iterator[Finding]:
     for module in modules:
         limits = limit_names(module)
         for name, node in module.definitions.items():
-            if (module.name, name) not in uses.names and name not in ALLOWED:
+            if (module.name, name) not in uses.names:
                 what = f"limit {name} is never read" if name in limits else f"{name} is never used"
                 yield module.finding(node.lineno, what)
         for cls in module.classes():
