@@ -1,17 +1,14 @@
-"""The tests of zs3: one S3 suite run over every store, then unit, storage, HTTP and command line
-tests.
+"""The tests of zs3: one S3 suite over every store, then unit, storage, HTTP, command line tests.
 
 They read like the S3 reference: the condition, then the outcome with its error code. The client
-below shares
-no code with the server: it has its own signer, its own checksums and its own HTTP, so that a
-mistake cannot
-agree with itself. `s3` is a client with a fresh bucket, over each store of STORES in turn.
+below shares no code with the server: it has its own signer, its own checksums and its own HTTP, so
+that a mistake cannot agree with itself. `s3` is a client with a fresh bucket, over each store of
+STORES in turn.
 
-    Harness · Signature Version 4 · Authentication · Buckets · Objects · Awkward keys · Bodies and
-    checksums
-    Conditions · Ranges · Copy · Listing · Multipart · DeleteObjects · Probes and what is refused
-    Roles, anonymous read, CORS, virtual hosts · HTTP · Storage on disk · Command line · boto3 ·
-    Agreement
+    Harness · Signature Version 4 · Authentication · Buckets · Objects · Awkward keys
+    Bodies and checksums · Conditions · Ranges · Copy · Listing · Multipart · DeleteObjects
+    Probes and what is refused · Roles, anonymous read, CORS, virtual hosts · HTTP
+    Storage on disk · Command line · boto3 · Agreement
 
 Run: pytest
 """
@@ -4438,8 +4435,8 @@ def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: 
             answer = s3.service()
             assert answer.error == "InternalError" and answer.headers["connection"] == "close"
             assert b"ZeroDivisionError" not in answer.body
+            server.wait_for_line(answer.headers["x-amz-request-id"])
         server.wait_for_line("ZeroDivisionError")
-        assert any(answer.headers["x-amz-request-id"] in line for line in server.lines)
         s3.put("k", b"x").ok()
         s3.close()
         server.stop()
@@ -4749,7 +4746,6 @@ def test_the_record_of_an_object_golden(disk: Client) -> None:
         },
         {
             "size": sum(map(len, PARTS)), "etag": multipart_etag(PARTS).strip('"'),
-            "headers": {"content-type": "binary/octet-stream"},
             "checksums": {"CRC32": checksum_of_checksums("CRC32", PARTS)},
             "checksum_type": "COMPOSITE",
             "parts": [[len(part), checksum("CRC32", part)] for part in PARTS],
