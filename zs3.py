@@ -117,6 +117,7 @@ SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
+STACK_BYTES = MiB  # of a connection's thread: a key of 512 folders is listed by as many generators
 LOCK_STRIPES = 64  # keys share this many lock files
 
 # ===== 2 Errors =====
@@ -3988,7 +3989,8 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
                 break
             except S3Error as error:
                 if error.code != "SlowDown":
-                    raise
+                    LOG.error("cannot make the bucket %s: %s", bucket, error)
+                    break
                 time.sleep(0.5)
     service.ready = True
     sweep_uploads(service.store, args.upload_expiry)
@@ -4037,7 +4039,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="zs3: %(message)s")
     credentials = choose_credentials(args)
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
-    threading.stack_size(512 * KiB)
+    threading.stack_size(STACK_BYTES)
     try:
         listener = open_listener(host, args.port)
     except OSError as error:

@@ -63,6 +63,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -89,6 +90,7 @@ MAX_PROVIDERS = 50_000  # provider records kept; the oldest go first
 BLOCK_BYTES = 1 << 20  # small, so that dozens of clients' blocks in flight fit in 80 MB
 INLINE_BYTES = 4096  # a body up to this travels in its record
 MAX_OBJECT_BLOCKS = 131_072  # 128 GiB; their hashes make a record of 8 MB
+STORE_BEHIND = 2  # blocks of a body on their way to their holders while the next is received
 READ_AHEAD = 2  # blocks fetched and verified while one is being sent
 MESSAGE_BYTES = 12 << 20  # JSON of one message; a record of MAX_OBJECT_BLOCKS fits
 BATCH = 1000  # hashes or keys in one message
@@ -101,17 +103,13 @@ LINGER_SECONDS = 0.5  # a third copy is waited for so long after two are there
 HEDGE_SECONDS = 0.05  # an answer later than this makes us ask one more peer
 SKIP_SECONDS = 10.0  # a peer that did not answer is asked last for so long, unless it is heard from
 JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to join its cluster
-SILENCE_SECONDS = (
-    5.0  # a change that waits for silent owners, rather than for other writers, so long
-)
+SILENCE_SECONDS = 1.5  # a change that lacks owners is tried for so long, and three times
 OPERATION_SECONDS = 12.0  # a change or read that is not settled by then is 503
 LATE_SECONDS = 30.0  # no message arrives later than this after its sender gave up
 BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
 IDLE_LINKS = 16  # kept-alive connections to one peer
 
-SCRUB_BYTES_PER_SECOND = (
-    8 << 20
-)  # how fast blocks are read again to see whether they are still good
+SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
 PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
 FORGET_ROUNDS = 10  # gossip intervals, and the tombstone grace: a member silent longer is forgotten
 CLOSING_SECONDS = 1.0  # a deletion of a bucket that takes longer may be undone by a PUT
@@ -305,6 +303,7 @@ def optional_field(check: Check) -> Check:
 def contact_field(raw: Any) -> Contact:
     """[node id, address]."""
     node, address = tuple_field(text_field(NODE), text_field(ADDRESS))(raw)
+    need(0 < int(address.rpartition(":")[2]) < 65536, "port")
     return Contact(int(node, 16), address)
 
 
@@ -424,7 +423,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
 }
 
 
-def parse_message(name: str, body: bytes) -> Message:
+def parse_message(name: str, body: bytes | bytearray) -> Message:
     """The checked fields of message `name`. ValueError when the body is not exactly that."""
     fields = MESSAGES[name]
     raw = json.loads(body)
@@ -555,7 +554,7 @@ class Link:
             try:
                 sent = self.socket.sendmsg(self.outgoing)
             except BlockingIOError:
-                break
+                break  # the rest when there is room
             while self.outgoing and sent >= len(self.outgoing[0]):
                 sent -= len(self.outgoing.pop(0))
             if sent:
@@ -583,6 +582,7 @@ class Link:
         self.socket.close()
 
 
+REPLY_STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 REPLY_LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9})\r\n", re.IGNORECASE)
 REPLY_PROOF = re.compile(rb"\r\nx-zs3-proof: *([0-9a-f]{64})\r\n", re.IGNORECASE)
 
@@ -594,12 +594,14 @@ def parse_reply(data: bytearray) -> Reply | None:
     if end < 0:
         return None
     length = REPLY_LENGTH.search(data, 0, end + 2)
-    if length is None:
-        raise ConnectionAbortedError("answer without a length")
+    status = REPLY_STATUS.match(data)
+    if length is None or status is None:
+        raise ConnectionAbortedError("no answer of a peer")
     if len(data) < end + 4 + int(length.group(1)):
         return None
     proof = REPLY_PROOF.search(data, 0, end + 2)
-    return Reply(int(data[9:12]), bytes(data[end + 4 :]), proof.group(1).decode() if proof else "")
+    body = bytes(data[end + 4 :])
+    return Reply(int(status.group(1)), body, proof.group(1).decode() if proof else "")
 
 
 class Call:
@@ -992,23 +994,21 @@ class Blocks:
             self.count += blocks
             self.total_bytes += size
 
-    def put(self, block: str, data: bytes) -> None:
+    def put(self, block: str, data: bytes | bytearray) -> None:
         """Store `data`, whose hash the caller has computed. Stored already: it is touched. OSError:
         disk."""
         path = self.path(block)
         if self.touch(block):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
                 if path.read_bytes() == data:
                     return
         temporary = self.root / f"{block}.{secrets.token_hex(4)}.tmp"
         try:
             self._write(temporary, data)
+            path.parent.mkdir(exist_ok=True)
             with self._lock(block):
                 new = not path.exists()
                 temporary.replace(path)
-        except FileNotFoundError:
-            path.parent.mkdir(exist_ok=True)
-            return self.put(block, data)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
@@ -1017,7 +1017,7 @@ class Blocks:
         if new:
             self._counted(1, len(data))
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes | bytearray) -> None:
         with open(path, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:
@@ -1041,7 +1041,7 @@ class Blocks:
 
     def _set_aside(self, block: str, size: int) -> None:
         LOG.warning("block %s does not match its name: set aside", block)
-        with self._lock(block), contextlib.suppress(FileNotFoundError):
+        with self._lock(block), contextlib.suppress(FileNotFoundError):  # another reader did
             self.path(block).replace(self.bad / block)
             self._counted(-1, -size)
 
@@ -1091,7 +1091,7 @@ class Blocks:
             with os.scandir(folder) as entries:
                 names = sorted(e.name[:64] for e in entries if e.name.endswith(".blob"))
             for block in names[bisect.bisect_right(names, after) :]:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):  # removed while we walk
                     yield block, self.path(block).stat().st_size
 
     def recount(self) -> None:
@@ -1722,6 +1722,15 @@ class Registers:
             "more": len(rows) == 5 * BATCH,
         }
 
+    def live_keys(self, bucket: str) -> list[str]:
+        """Some keys of live objects in `bucket`, at most BATCH."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?",
+                (bucket, BATCH),
+            ).fetchall()
+        return [row[0].decode() for row in rows]
+
     def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
         with self._lock, self._transaction(bool(places)):
@@ -1755,7 +1764,7 @@ class Registers:
         """Drop the tombstone, if it is still that one and nothing else was promised."""
         with self._lock:
             slot = self.slot(bucket, key)
-            if slot.accepted != ballot or live(slot.value):
+            if slot.accepted != ballot or live(slot.value) or (not key and self.live_keys(bucket)):
                 return False
             with self._transaction():
                 self.raise_floor(bucket, slot.promised)
@@ -1972,6 +1981,13 @@ class Rounds:
         value, _ = yield from self.read(bucket, "")
         return value
 
+    def repair(self, bucket: str, key: str) -> Steps[Value | None]:
+        """Have all owners that answer accept what a majority has, or if the bucket is gone,
+        nothing."""
+        change = Change(self, bucket, key, lambda value: None, lambda view: view.groups(bucket))
+        change.rewrites = True
+        return change.steps()
+
     def change(
         self, bucket: str, key: str, decide: Decide, voters: Callable[[View], Groups] | None = None
     ) -> Steps[Value | None]:
@@ -2001,6 +2017,7 @@ class Change:
         self.tried = ""  # the first ballot at which some owner may have accepted our value
         self.mine: Value | None = None  # that value
         self.missing: list[Contact] = []  # owners that did not answer the last question
+        self.rewrites = False  # accept once more even what is settled
 
     def steps(self) -> Steps[Value | None]:
         """Rounds with random pauses between, until OPERATION_SECONDS are over."""
@@ -2011,7 +2028,8 @@ class Change:
             if done is not None:
                 return done[0]
             elapsed = self.rounds.clock() - began
-            if elapsed > (SILENCE_SECONDS if self.missing else OPERATION_SECONDS):
+            silent = self.missing and attempt >= 2
+            if elapsed > (SILENCE_SECONDS if silent else OPERATION_SECONDS):
                 break
             if self.rounds.view().epoch == epoch:
                 widest = BACKOFF_SECONDS * 2 ** min(attempt, 8)
@@ -2048,10 +2066,12 @@ class Change:
         basis = yield from self._basis(groups, answers)
         value, error = self._decided(top, basis)
         if value is None:
-            if top.settled and not self.tried:
+            if top.settled and not self.tried and not self.rewrites:
                 return self._answer(top.value, error)
             # What we saw or tried may be with a minority: settle it before anybody is told of it.
             value = top.value or tombstone()
+            if self.rewrites and self.bucket_value is None:
+                value, error = tombstone(), None  # nothing can be in a bucket that is gone
         accepted = yield from self._accept(
             groups, {**place, "value": value, "chosen": False, "basis": basis}
         )
@@ -2091,10 +2111,10 @@ class Change:
         """(value to write or None to leave it, error to raise once that is settled)."""
         if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
             return (None if top.settled else top.value), None
-        # Had our value been chosen, or taken for it by somebody, at `tried` or later, then what has a
-        # higher ballot would be based on that or on something later. If it is not, our value did not
-        # count, and will not once this round is through. If it is, others may have gone on from ours,
-        # or it never counted: nobody can say.
+        # Had our value been chosen, or taken for it by somebody, at `tried` or later, then what has
+        # a higher ballot would be based on that or on something later. If it is not, our value did
+        # not count, and will not once this round is through. If it is, others may have gone on from
+        # ours, or it never counted: nobody can say.
         if self.tried and top.value and top.value.get("base", "") >= self.tried:
             raise S3Error("SlowDown", "The outcome is not known: others changed the key too.")
         try:
@@ -2201,6 +2221,24 @@ class Node:
         self.table = RoutingTable(own.node)
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
+        self.handlers: dict[str, Callable[[Message, Contact], Message]] = {
+            "hello": self.on_hello,
+            "views": self.on_views,
+            "find": self.on_find,
+            "find_providers": self.on_find_providers,
+            "provide": self.on_provide,
+            "prepare": self.on_prepare,
+            "accept": self.on_accept,
+            "learn": self.on_learn,
+            "read": self.on_read,
+            "page": self.on_page,
+            "buckets": self.on_buckets,
+            "changes": self.on_changes,
+            "values": self.on_values,
+            "buried": self.on_buried,
+            "used": self.on_used,
+            "have": self.on_have,
+        }
 
     def saw(self, contact: Contact) -> None:
         """`contact` sent an authenticated message or answer."""
@@ -2211,8 +2249,7 @@ class Node:
 
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
         """Do what a checked message asks. ValueError when it makes no sense here."""
-        handler = cast(Callable[[Message, Contact], Message], getattr(self, "on_" + name))
-        return handler(message, sender)
+        return self.handlers[name](message, sender)
 
     def on_hello(self, message: Message, sender: Contact) -> Message:
         """Who are you, and what views do you know after that epoch?"""
@@ -2354,14 +2391,17 @@ class Cluster:
     def view(self) -> View:
         """The newest view, of which this node is a member. SlowDown when it does not become one
         soon."""
-        if not self.joined.wait(JOIN_WAIT_SECONDS):
+        if not (self.joined.is_set() or self.joined.wait(JOIN_WAIT_SECONDS)):
             raise S3Error("SlowDown", "This node has not joined its cluster yet.")
         return self.known_view()
 
     def adopt(self, raw: Iterable[Any]) -> None:
         """Enter the views that a peer told us, if they are newer."""
-        if self.node.registers.adopt(map(View.from_json, raw)):
-            self.check_membership()
+        try:
+            if self.node.registers.adopt(map(View.from_json, raw)):
+                self.check_membership()
+        except OSError as error:  # a full disk: until it has room, the others refuse what we ask
+            LOG.error("views: %s", error)
 
     def check_membership(self) -> None:
         """Note whether this node is a member."""
@@ -2478,6 +2518,16 @@ class Cluster:
         if contact.node == self.own.node:
             return self.node.answer(name, message, self.own)
         return self.tell(name, message, [contact]).get(contact.node, Reply(0)).json()
+
+    def call_all(
+        self, name: str, message: Message, contacts: Sequence[Contact]
+    ) -> dict[int, Message]:
+        """Ask several at once, this node too if it is among them; the good answers by node id."""
+        others = [contact for contact in contacts if contact != self.own]
+        answers = {node: reply.json() for node, reply in self.tell(name, message, others).items()}
+        if self.own in contacts:
+            answers[self.own.node] = self.node.answer(name, message, self.own)
+        return {node: answer for node, answer in answers.items() if answer is not None}
 
     def find(self, target: int) -> list[Contact]:
         """Kademlia lookup: the live nodes nearest to `target`."""
@@ -2620,15 +2670,12 @@ class Cluster:
         """Which members hold each of these blocks (at most BATCH), and which members answered."""
         message = {"hashes": list(blocks), "touch": touch}
         holders: dict[str, set[int]] = {block: set() for block in blocks}
-        answered: set[int] = set()
-        for contact in self.view().members:
-            answer = self.call("have", message, contact)
-            if answer is not None:
-                answered.add(contact.node)
-                for block, there in zip(blocks, answer["have"], strict=True):
-                    if there:
-                        holders[block].add(contact.node)
-        return holders, answered
+        answers = self.call_all("have", message, self.view().members)
+        for node, answer in answers.items():
+            for block, there in zip(blocks, answer["have"], strict=True):
+                if there:
+                    holders[block].add(node)
+        return holders, set(answers)
 
 
 # ===== 8 DistributedStore =====
@@ -2644,17 +2691,13 @@ def slices(
 ) -> list[tuple[str, int, int]]:
     """(hash, from, to) of the pieces of blocks that make the bytes [start, start + length)."""
     pieces: list[tuple[str, int, int]] = []
-    position, end = 0, start + length
+    position = 0
     for size, hashes in segments:
-        first = max(0, start - position) // BLOCK_BYTES
-        last = -(-min(size, end - position) // BLOCK_BYTES)
-        for index in range(first, last):
-            begin = position + index * BLOCK_BYTES
-            piece = (
-                max(start - begin, 0),
-                min(end - begin, size - index * BLOCK_BYTES, BLOCK_BYTES),
-            )
-            pieces.append((hashes[index * 64 : index * 64 + 64], *piece))
+        low, high = max(start - position, 0), min(start + length - position, size)
+        for index in range(low // BLOCK_BYTES, -(-high // BLOCK_BYTES)) if low < high else ():
+            begin = index * BLOCK_BYTES
+            block = hashes[index * 64 : index * 64 + 64]
+            pieces.append((block, max(low - begin, 0), min(high - begin, BLOCK_BYTES)))
         position += size
     return pieces
 
@@ -2718,6 +2761,20 @@ def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[byt
     finally:
         stopped.set()
         room.release()
+
+
+def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
+    """The body cut into pieces of BLOCK_BYTES, the last one shorter; b"" alone if it is empty."""
+    rest = b""
+    empty = True
+    for piece in body:
+        empty = False
+        data = rest + piece if rest else bytes(piece)
+        for start in range(0, len(data) - BLOCK_BYTES + 1, BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+        rest = data[len(data) // BLOCK_BYTES * BLOCK_BYTES :]
+    if rest or empty:
+        yield rest
 
 
 Entry = tuple[str, str, str]  # key, head and tail of a live object
@@ -2945,27 +3002,23 @@ class DistributedStore:
     ) -> Value:
         """The fields of a value that say where the body's bytes are. What the body raises,
         SlowDown."""
-        buffer = bytearray()
         hashes: list[str] = []
         size = 0
-
-        def store(data: bytes) -> None:
-            if len(hashes) >= MAX_OBJECT_BLOCKS:
-                raise S3Error("EntityTooLarge")
-            hashes.append(block_hash(data))
-            pin(hashes[-1:])
-            self.cluster.store(hashes[-1], data)
-
-        for piece in body:
-            size += len(piece)
-            buffer += piece
-            while len(buffer) >= BLOCK_BYTES:
-                store(bytes(memoryview(buffer)[:BLOCK_BYTES]))
-                del buffer[:BLOCK_BYTES]
-        if not hashes and len(buffer) <= INLINE_BYTES:
-            return {"inline": base64.b64encode(buffer).decode()}
-        if buffer:
-            store(bytes(buffer))
+        with ThreadPoolExecutor(STORE_BEHIND) as pool:
+            under_way: collections.deque[Future[None]] = collections.deque()
+            for data in whole_blocks(body):
+                size += len(data)
+                if not hashes and len(data) <= INLINE_BYTES:
+                    return {"inline": base64.b64encode(data).decode()}
+                if len(hashes) >= MAX_OBJECT_BLOCKS:
+                    raise S3Error("EntityTooLarge")
+                hashes.append(block_hash(data))
+                pin(hashes[-1:])
+                if len(under_way) >= STORE_BEHIND:
+                    under_way.popleft().result()
+                under_way.append(pool.submit(self.cluster.store, hashes[-1], data))
+            for one in under_way:
+                one.result()
         return {"blocks": [[size, "".join(hashes)]]}
 
     def _commit(
@@ -3137,8 +3190,8 @@ class DistributedStore:
     ) -> tuple[int, bytes]:
         try:
             if name == "fetch":
-                data = self.node.blocks.get(text_field(HASH)(argument))
-                return (404, b"") if data is None else (200, data)
+                stored = self.node.blocks.get(text_field(HASH)(argument))
+                return (404, b"") if stored is None else (200, stored)
             if name == "store":
                 data = read_body(request, BLOCK_BYTES)
                 need(block_hash(data) == argument, "block: it does not match its name")
@@ -3165,9 +3218,18 @@ class DistributedStore:
                 contacts = self.node.table.contacts()
             return json_response(200, {"peers": [self._peer(contact) for contact in contacts]})
         if name == "providers" and HASH.fullmatch(argument):
-            found = self.node.on_find_providers({"hash": argument}, self.node.own)["providers"]
-            return json_response(200, {"hash": argument, "providers": found})
+            return json_response(200, {"hash": argument, "providers": self._holders(argument)})
         return json_response(404, {"error": "no such page"})
+
+    def _holders(self, block: str) -> list[list[str]]:
+        """Who holds a block: members say so themselves, others have announced it."""
+        found = {c for c in self.cluster.find_providers(block) if c != self.node.own}
+        if self.cluster.joined.is_set():
+            there, _ = self.cluster.have([block], touch=False)
+            members = self.cluster.known_view().members
+            found = {c for c in found if c not in members}
+            found |= {contact for contact in members if contact.node in there[block]}
+        return [contact.as_json() for contact in sorted(found)]
 
     def _peer(self, contact: Contact) -> Message:
         view = self.node.registers.view
@@ -3204,7 +3266,7 @@ def json_response(status: int, body: Message) -> zs3.Response:
     return zs3.Response(status, {"Content-Type": "application/json"}, pack(body) + b"\n")
 
 
-def read_body(request: zs3.Request, limit: int) -> bytes:
+def read_body(request: zs3.Request, limit: int) -> bytearray:
     """The whole body of a peer's request. ValueError when it is longer than `limit` or has no
     length."""
     declared = request.header("content-length")
@@ -3215,7 +3277,7 @@ def read_body(request: zs3.Request, limit: int) -> bytes:
         got = request.wire.readinto(view)
         need(got, "length")
         view = view[got:]
-    return bytes(data)
+    return data
 
 
 # ===== 9 Repair, tombstones, garbage =====
@@ -3309,8 +3371,7 @@ class Housekeeping:
         slots = answer["slots"]
         for (bucket, key), (accepted, chosen, value) in zip(places, slots, strict=False):
             if value is not None and not self.registers.offer(bucket, key, accepted, chosen, value):
-                self.cluster.run(self.cluster.rounds.read(bucket, key))
-                self.cluster.run(self.cluster.rounds.change(bucket, key, lambda current: None))
+                self.cluster.run(self.cluster.rounds.repair(bucket, key))
             self.store.counts["pulled"] += 1
         return len(slots)
 
@@ -3330,9 +3391,18 @@ class Housekeeping:
             if not graves or self.store.closing.is_set():
                 return
             after = graves[-1][:2]
+            for bucket, key, _ in graves:
+                if not key:
+                    self._clear_out(bucket)
             everywhere = self._everywhere(view, graves)
             done = sum(self.registers.bury(*grave) for grave in everywhere)
             self.store.counts["buried"] += done
+
+    def _clear_out(self, bucket: str) -> None:
+        """Remove what is left in a bucket that is gone: puts whose outcome nobody knew."""
+        for key in self.registers.live_keys(bucket):
+            if self.cluster.run(self.cluster.rounds.bucket(bucket)) is None:
+                self.cluster.run(self.cluster.rounds.repair(bucket, key))
 
     def _everywhere(
         self, view: View, graves: list[tuple[str, str, str]]
@@ -3380,13 +3450,11 @@ class Housekeeping:
         A quorum would do for what was acknowledged. But one silent owner may have accepted a change
         whose outcome nobody knows; the next reader that meets it there would finish it.
         """
-        used = [False] * len(blocks)
-        for contact in self.cluster.view().everybody():
-            answer = self.cluster.call("used", {"hashes": blocks}, contact)
-            if answer is None:
-                return None
-            used = [one or other for one, other in zip(used, answer["used"], strict=True)]
-        return used
+        everybody = self.cluster.view().everybody()
+        answers = self.cluster.call_all("used", {"hashes": blocks}, everybody)
+        if len(answers) < len(everybody):
+            return None
+        return [any(said) for said in zip(*(a["used"] for a in answers.values()), strict=True)]
 
     def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
         """Remove what was unused and untouched for the grace; the others stay suspects. Returns
@@ -3519,6 +3587,9 @@ class Membership:
         view = self.registers.view
         member = view.member(self.node.own.node) if view else None
         if view is not None and member == self.node.own:
+            if not self.cluster.joined.is_set():
+                # It may have been forgotten meanwhile: ask before answering anybody.
+                self._hello_all(view)
             self.cluster.check_membership()
             if len(view.members) == 1:
                 self._merge(view)
@@ -3824,6 +3895,9 @@ def open_store(
 ) -> DistributedStore:
     """The store of a node of a cluster, as the command line asks for it. `start` begins its
     jobs."""
+    for address in args.bootstrap:
+        if not ADDRESS.fullmatch(address):
+            raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
     data = Path(args.data_dir)
     (data / ".index").mkdir(parents=True, exist_ok=True)
     own = Contact(node_id(data), advertised(args))
