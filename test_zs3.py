@@ -4672,14 +4672,47 @@ def test_a_settled_folder_is_read_once_until_it_changes(
     for _ in range(3):  # changed just now: it may change again within one tick of its clock
         read.clear()
         assert keys() == ["a", "b"] and any("/bucket" in path for path in read)
-    os.utime(bucket, (time.time() - 60,) * 2)
+    os.utime(bucket, (time.time() - 60,) * 2)  # the ctime tells that it is not that old
+    read.clear()
+    assert keys() == ["a", "b"] and any("/bucket" in path for path in read)
+    monkeypatch.setattr(zs3, "RACY_SECONDS", -1.0)  # from here on it counts as settled
     assert keys() == ["a", "b"]
     read.clear()
     assert keys() == ["a", "b"] and not any(path.endswith("/bucket/") for path in read)
     (bucket / "c").write_bytes(b"x")
     (bucket / "a").unlink()
     assert keys() == ["b", "c"]
+    before = bucket.stat().st_mtime_ns
+    (bucket / "d").write_bytes(b"x")
+    os.utime(bucket, ns=(before, before))  # as rsync, cp and tar do to a folder they copy
+    assert keys() == ["b", "c", "d"]
     store.close()
+
+
+@pytest.mark.parametrize("path", ["//key", "//newbucket/key", "//.uploads/x", "//.meta/x"])
+def test_no_request_reaches_outside_a_bucket(disk: Client, path: str) -> None:
+    before = sorted(entry.name for entry in disk.folder.parent.iterdir())
+    for method in ("PUT", "GET", "DELETE"):
+        answer = disk.request(method, path)
+        assert answer.status in (400, 404, 405)
+    assert sorted(entry.name for entry in disk.folder.parent.iterdir()) == before
+
+
+def test_a_link_to_a_folder_is_not_replaced_by_an_object(disk: Client, tmp_path: Path) -> None:
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/one").write_bytes(b"1")
+    (disk.folder / "photos").symlink_to(tmp_path / "album")
+    disk.put("photos", b"beside").ok()
+    assert disk.get("photos/one").body == b"1" and disk.get("photos").body == b"beside"
+
+
+def test_a_link_that_leads_nowhere_is_in_nobodys_way(disk: Client) -> None:
+    (disk.folder / "dang").symlink_to(disk.folder / "nothing")
+    (disk.folder / "loop").symlink_to(disk.folder / "loop")
+    for key in ("dang/x", "loop/x", "loop"):
+        disk.put(key, b"x").ok()
+        assert disk.get(key).body == b"x"
+    assert disk.keys() == ["dang/x", "loop", "loop/x"]
 
 
 def test_an_empty_folder_does_not_keep_a_bucket(disk: Client) -> None:

@@ -61,6 +61,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -79,7 +80,7 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -101,6 +102,8 @@ MAX_DELETE_KEYS = 1000  # of one DeleteObjects; S3 API reference
 MAX_PAGE_ITEMS = 1000  # of one listing; a larger max-keys is taken as this
 MAX_PAGE_BUCKETS = 10_000  # ListBuckets max-buckets
 MAX_DOCUMENT_BYTES = 4 * MiB  # an XML request body: 10,000 parts with checksums fit
+MAX_XML_DEPTH = 8  # of a request body: twice what S3's have
+MAX_XML_ELEMENTS = 100_000  # of a request body: 10,000 parts with number, ETag and checksums fit
 MAX_TRAILER_BYTES = 4 * KiB  # everything after the last chunk of a body
 MAX_CHUNK_LINE_BYTES = 512  # a chunk's size and signature
 MAX_PRESIGNED_SECONDS = 7 * 24 * 3600  # X-Amz-Expires; S3 "Query string authentication"
@@ -108,16 +111,20 @@ MAX_SKEW_SECONDS = 15 * 60  # between a request's date and ours; S3 "RequestTime
 MAX_CONNECTIONS = 1024  # per process; one thread each, the next is told SlowDown
 MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
 MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
+DIRECTORY_NAMES = 8  # a remembered directory counts as this many names beside its own
 BLOCK_BYTES = 512 * KiB  # a body is read, hashed and written in blocks of this
 CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
+FULL_SECONDS = 0.1  # between two tries to accept a connection at the limit of open files
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
+RESPAWN_SECONDS = 1.0  # before a worker that ended is replaced: what ended it may be lasting
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
 STACK_BYTES = MiB  # of a connection's thread: a key of 512 folders is listed by as many generators
+RACE_TRIES = 100  # how often to begin anew what someone's deletions beside undid
 LOCK_STRIPES = 64  # keys share this many lock files
 
 # ===== 2 Errors =====
@@ -213,6 +220,7 @@ class S3Error(Exception):
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110, 5.6.2)
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(r"/[\x21-\x7e]*")
+BLANKS = re.compile("[ \t]+")
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
 S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
@@ -269,7 +277,7 @@ def parse_http_date(text: str) -> float | None:
     """Seconds since the epoch; None for what is no date, which RFC 9110 (13.1.3) says to ignore."""
     try:
         return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
 
@@ -314,14 +322,27 @@ def parse_xml(document: bytes, root: str) -> Element:
     """The tree of a request body whose root is `root`, without namespaces. MalformedXML for
     anything else, and for a document type declaration, whose entities could grow without end."""
     builder = TreeBuilder()
-    parser = expat.ParserCreate(namespace_separator="}")
+    parser = expat.ParserCreate("utf-8", "}")
+    depth = elements = 0
 
     def refuse(*_: object) -> None:
         raise S3Error("MalformedXML", "A document type declaration is not accepted.")
 
+    def begin(name: str, _: object) -> None:
+        nonlocal depth, elements
+        depth, elements = depth + 1, elements + 1
+        if depth > MAX_XML_DEPTH or elements > MAX_XML_ELEMENTS:
+            raise S3Error("MalformedXML", "The document has too many elements.")
+        builder.start(name.rpartition("}")[2], {})
+
+    def end(name: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(name.rpartition("}")[2])
+
     parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = lambda name, _: builder.start(name.rpartition("}")[2], {})
-    parser.EndElementHandler = lambda name: builder.end(name.rpartition("}")[2])
+    parser.StartElementHandler = begin
+    parser.EndElementHandler = end
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(document, True)
@@ -337,7 +358,7 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for
     what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange
     past the end."""
-    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", text, re.ASCII)
+    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,99})\s*-\s*(\d{0,99})\s*", text, re.ASCII)
     if found is None or not (found[1] or found[2]):
         return None
     if found[1]:
@@ -501,7 +522,7 @@ def address(request: Request) -> tuple[str, str]:
     if request.settings.domain:
         host = re.sub(r":\d+$", "", request.header("host").lower())
         domain = "." + request.settings.domain.lower()
-        if host.endswith(domain):
+        if host.endswith(domain) and host != domain:
             return host[: -len(domain)], uri_decode(request.path[1:])
     bucket, _, key = request.path[1:].partition("/")
     return uri_decode(bucket), uri_decode(key)
@@ -584,7 +605,7 @@ def canonical_request(
     """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization; `payload` is what
     x-amz-content-sha256 says."""
     names = signed_headers.split(";")
-    lines = [f"{name}:{' '.join(headers.get(name, '').split())}\n" for name in names]
+    lines = [f"{name}:{BLANKS.sub(' ', headers.get(name, '')).strip(' ')}\n" for name in names]
     query = canonical_query(raw_query) if raw_query else ""
     pieces = (method, canonical_uri(path), query, "".join(lines), signed_headers, payload)
     return "\n".join(pieces)
@@ -652,7 +673,8 @@ def authorization_from_query(query: Mapping[str, str]) -> Authorization:
     names = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
     values = [query.get(f"X-Amz-{name}", "") for name in names]
     algorithm, credential, amz_date, expires, signed_headers, proof = values
-    if not all(values) or algorithm != ALGORITHM:
+    payload = query.get("X-Amz-Content-Sha256", "")
+    if not all(values) or algorithm != ALGORITHM or not (signed_headers + payload).isascii():
         raise S3Error(code, f"A presigned URL needs X-Amz-: {', '.join(names)}; with {ALGORITHM}.")
     seconds = int(expires) if re.fullmatch(r"\d{1,9}", expires, re.ASCII) else 0
     if not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
@@ -1510,6 +1532,7 @@ SPELLED = [
     for byte in range(256)
 ]  # fmt: skip
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not read has no objects
 
 
 def spell(key: str) -> str:
@@ -1565,7 +1588,7 @@ class DirectoryCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the two below
-        self._entries: OrderedDict[str, tuple[tuple[int, int, int], list[str]]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[tuple[int, ...], list[str]]] = OrderedDict()
         self._names = 0
 
     def names(self, path: str) -> list[str]:
@@ -1574,30 +1597,32 @@ class DirectoryCache:
         (0x2f)."""
         try:
             status = os.stat(path)
-            identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            # The ctime too: rsync, cp and tar set a folder's mtime back, but nobody can set that.
+            identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
             with self._lock:
                 entry = self._entries.get(path)
                 if entry is not None and entry[0] == identity:
                     self._entries.move_to_end(path)
                     return entry[1]
-            settled = time.time() - status.st_mtime > RACY_SECONDS
+            settled = time.time() - max(status.st_mtime, status.st_ctime) > RACY_SECONDS
             names = sorted(read_names(path))
         except OSError as error:
-            if error.errno not in NOTHING_THERE:
+            if error.errno not in UNREADABLE:
                 raise
             return []
         if settled:
             self._remember(path, identity, names)
         return names
 
-    def _remember(self, path: str, identity: tuple[int, int, int], names: list[str]) -> None:
+    def _remember(self, path: str, identity: tuple[int, ...], names: list[str]) -> None:
         with self._lock:
-            _, replaced = self._entries.pop(path, (None, []))
+            replaced = self._entries.get(path)
             self._entries[path] = (identity, names)
-            self._names += len(names) - len(replaced)
+            self._entries.move_to_end(path)
+            self._names += len(names) - (len(replaced[1]) if replaced else -DIRECTORY_NAMES)
             while self._names > MAX_CACHED_NAMES:
                 _, (_, dropped) = self._entries.popitem(last=False)
-                self._names -= len(dropped)
+                self._names -= len(dropped) + DIRECTORY_NAMES
 
 
 def read_names(path: str) -> Iterator[str]:
@@ -1645,6 +1670,11 @@ def record_holds(record: Any, status: os.stat_result) -> bool:
     return bool(is_that)
 
 
+# What a walk finds: key, 0 or 1 (literal or spelled path), path, and the common prefix it is to
+# stand for, if any.
+Found = tuple[str, int, str, str]
+
+
 class FileStore:
     """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
     describes it is set on the file before the rename, so both appear, and are replaced,
@@ -1665,8 +1695,8 @@ class FileStore:
         self._temp_count = itertools.count()
 
     def start(self) -> None:
-        """Remove what earlier servers left half-written."""
-        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        """Remove what earlier servers left half-written, now and then."""
+        threading.Thread(target=self._keep_house, name="sweep", daemon=True).start()
 
     def close(self) -> None:
         """Give back the lock files."""
@@ -1714,9 +1744,10 @@ class FileStore:
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         with self._bucket_locks.hold(bucket):
-            try:
-                remove_empty_folders(self._bucket_path(bucket))
+            self._require_bucket(bucket)
+            try:  # the bucket's folder last: while it is there, so may be objects
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
+                remove_empty_folders(self._bucket_path(bucket))
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
@@ -1751,10 +1782,14 @@ class FileStore:
         return f"{self._root}/.keys/{bucket}/{spell(key)}"
 
     def _paths(self, bucket: str, key: str) -> Iterator[str]:
-        """Where the key's file may be. The literal path wins: it is the one people see."""
-        if literal := self._literal_path(bucket, key):
+        """Where the key's file may be. The literal path wins: it is the one people see; and it is
+        looked at once more in the end, since a key may move there while we look elsewhere."""
+        literal = self._literal_path(bucket, key)
+        if literal:
             yield literal
         yield self._special_path(bucket, key)
+        if literal:
+            yield literal
 
     # --- Descriptions ---
 
@@ -1768,7 +1803,10 @@ class FileStore:
     def _write_record(self, file: int, bucket: str, info: ObjectInfo) -> ObjectInfo:
         """Describe a finished temporary file by an extended attribute or, where the file system has
         none or no room in it, by a side file. Returns `info` with the file's time."""
-        os.utime(file)  # a network file system would otherwise set the time when it pleases
+        # Our own clock: it is finer than the kernel's, and a network file system would set the time
+        # when it pleases.
+        now = time.time_ns()
+        os.utime(file, ns=(now, now))
         status = os.fstat(file)
         info = replace(info, modified=status.st_mtime_ns / 1e9)
         record = info.record() | {"mtime": status.st_mtime_ns}
@@ -1778,26 +1816,40 @@ class FileStore:
             os.setxattr(file, self.XATTR, text)
         except (AttributeError, OSError):  # no such call, not supported, or too large
             path = self._side_path(bucket, info.key, status)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as side:
-                side.write(json.dumps(record | {"key": info.key}).encode())
-                side.flush()
-                if self._fsync:
-                    os.fsync(side.fileno())
-            self._sync_folder(os.path.dirname(path))
+            self._write_side(path, json.dumps(record | {"key": info.key}).encode())
         return info
+
+    def _write_side(self, path: str, text: bytes) -> None:
+        for _ in range(RACE_TRIES):
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as side:
+                    side.write(text)
+                    side.flush()
+                    if self._fsync:
+                        os.fsync(side.fileno())
+            except (FileNotFoundError, FileExistsError):
+                continue  # the bucket was deleted: the rename to come will say so
+            self._sync_folder(os.path.dirname(path))
+            return
+        raise S3Error("SlowDown")
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
         """What _write_record wrote for an open file or a path; {} for one that somebody copied
         in."""
         try:
-            return json.loads(os.getxattr(file, self.XATTR).decode())
+            text = os.getxattr(file, self.XATTR)
         except (AttributeError, OSError):
             try:
                 with open(self._side_path(bucket, key, status), "rb") as side:
-                    return json.loads(side.read())
+                    text = side.read()
             except FileNotFoundError:
                 return {}
+        try:
+            record = json.loads(text.decode())
+        except ValueError:
+            record = None  # somebody else's attribute
+        return record if isinstance(record, dict) else {}
 
     def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
         """The ObjectInfo of a file. If it is not what its record was written for, somebody edited
@@ -1815,13 +1867,31 @@ class FileStore:
         try:
             status = file_status(path)
             record = self._read_record(path, bucket, key, status)
-            if record and not record_holds(record, status):
-                file, status = self._open_file(path)
-                with contextlib.closing(FileContent(file)):
-                    record = self._read_record(file, bucket, key, status)
+            if not record_holds(record, status):
+                file, status, record = self._open_described(path, bucket, key)
+                os.close(file)
         except FileNotFoundError:
             return None
+        except PermissionError:
+            pass  # it cannot be read, but it is there
         return self._describe(key, status, record)
+
+    def _open_described(
+        self, path: str, bucket: str, key: str
+    ) -> tuple[int, os.stat_result, Any]:
+        """An open file, its status and its record. A file that is deleted or replaced while we look
+        may be without its record already: then look again at the path. FileNotFoundError."""
+        for _ in range(RACE_TRIES):
+            file, status = self._open_file(path)
+            try:
+                record = self._read_record(file, bucket, key, status)
+                if record_holds(record, status) or os.fstat(file).st_nlink:
+                    return file, status, record
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)
+        raise S3Error("SlowDown")
 
     def _open_file(self, path: str) -> tuple[int, os.stat_result]:
         """An open regular file. FileNotFoundError for anything else."""
@@ -1856,8 +1926,7 @@ class FileStore:
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
         for path in self._paths(bucket, key):
             with contextlib.suppress(FileNotFoundError):  # try the next
-                file, status = self._open_file(path)
-                record = self._read_record(file, bucket, key, status)
+                file, status, record = self._open_described(path, bucket, key)
                 return self._describe(key, status, record), FileContent(file)
         self._require_bucket(bucket)
         raise S3Error("NoSuchKey", Key=key)
@@ -1867,26 +1936,30 @@ class FileStore:
         self._require_bucket(bucket)
         start = max(start, prefix)
         folder = f"{self._root}/.keys/{bucket}/"
-        spelled = self._walk(folder, "", spell(prefix), spell(start), False)
-        special = ((unspell(name), 1, path) for name, _, path in spelled)
-        literal = self._walk(self._bucket_path(bucket) + "/", "", prefix, start, delimiter == "/")
-        return self._stat_all(bucket, heapq.merge(literal, special))
+        spelled = self._walk(folder, "", spell(prefix), spell(start), False, sys.maxsize)
+        special = ((unspell(name), 1, path, "") for name, _, path, _ in spelled)
+        folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
+        literal = self._walk(folder, "", prefix, start, grouped, MAX_KEY_BYTES)
+        # In this order: a key may move from its spelled path to its literal one, never back.
+        return self._stat_all(bucket, heapq.merge(special, literal))
 
-    def _stat_all(self, bucket: str, found: Iterable[tuple[str, int, str]]) -> Iterator[ObjectInfo]:
-        last = None
-        for key, _, path in found:
-            if key == last or (len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES):
-                continue  # hidden by its literal path; or a file copied in too deep for a key
-            info = self._stat(path, bucket, key)
+    def _stat_all(self, bucket: str, found: Iterable[Found]) -> Iterator[ObjectInfo]:
+        last, last_group = None, ""
+        for key, _, path, group in found:
+            if key == last or (group and group == last_group):
+                continue  # hidden by its literal path, or one of its group was shown
+            if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
+                continue  # a file that somebody put too deep for a key
+            info = self._stat(path, bucket, key) or self._current(bucket, key)  # it may have moved
             if info is not None:
                 yield info
-                last = key
+                last, last_group = key, group
 
     def _walk(
-        self, folder: str, base: str, prefix: str, start: str, grouped: bool
-    ) -> Iterator[tuple[str, int, str]]:
-        """(key, 0, path) of the files at or below `folder`, whose keys begin with `base`, as scan
-        wants them. `folder` ends with "/"."""
+        self, folder: str, base: str, prefix: str, start: str, grouped: bool, longest: int
+    ) -> Iterator[Found]:
+        """The files at or below `folder`, whose keys begin with `base`, as scan wants them.
+        `folder` ends with "/"."""
         names = self._directories.names(folder)
         inside = start[len(base) :] if start.startswith(base) else ""
         head, slash, _ = inside.partition("/")
@@ -1898,22 +1971,23 @@ class FileStore:
                     return
             elif not name.endswith("/"):
                 if key.startswith(prefix):
-                    yield key, 0, folder + name
+                    yield key, 0, folder + name, ""
             elif grouped and len(key) > len(prefix) and not inside.startswith(name):
-                yield from itertools.islice(self._any_file(folder + name, key), 1)
-            else:
-                yield from self._walk(folder + name, key, prefix, start, grouped)
+                yield from self._any_file(folder + name, key, key)
+            elif len(key) <= longest:
+                yield from self._walk(folder + name, key, prefix, start, grouped, longest)
 
-    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, int, str]]:
+    def _any_file(self, folder: str, base: str, group: str) -> Iterator[Found]:
         """Files at or below a folder, in no order, without reading more of it than asked for."""
         try:
             for name in read_names(folder):
-                if name.endswith("/"):
-                    yield from self._any_file(folder + name, base + name)
-                else:
-                    yield base + name, 0, folder + name
-        except FileNotFoundError:
-            return  # removed meanwhile
+                if not name.endswith("/"):
+                    yield base + name, 0, folder + name, group
+                elif len(base) <= MAX_KEY_BYTES:
+                    yield from self._any_file(folder + name, base + name, group)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise  # else it was removed meanwhile, or is lost+found
 
     # --- Writing ---
 
@@ -1969,7 +2043,7 @@ class FileStore:
                 condition.check(current)
             if current is None:
                 return
-            for path in reversed([*self._paths(bucket, key)]):  # last the one that hides the other
+            for path in reversed([*self._paths(bucket, key)]):  # the one that hides the other last
                 self._remove(path, bucket, key)
 
     def _remove(self, path: str, bucket: str, key: str) -> None:
@@ -2049,17 +2123,24 @@ class FileStore:
         """Rename into a literal path, making its directories. False when the path is taken: it is a
         directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
         replaced = None
-        while True:
+        for _ in range(RACE_TRIES):
             try:
                 with contextlib.suppress(FileNotFoundError):  # nothing to replace
                     replaced = os.stat(path)
+                    if stat.S_ISDIR(replaced.st_mode):
+                        return False  # also a link to one, which rename would replace
                 os.rename(temp, path)
                 break
             except FileNotFoundError:
+                require_temp(temp)
                 if not self._make_folders(os.path.dirname(path), bucket):
                     return False
-            except (IsADirectoryError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+                    raise
                 return False
+        else:
+            raise S3Error("SlowDown")
         if replaced is not None:
             self._remove_side(bucket, key, replaced)
         self._sync_folder(os.path.dirname(path))
@@ -2077,7 +2158,8 @@ class FileStore:
                 os.mkdir(top)
                 self._sync_folder(os.path.dirname(top))
             except FileExistsError:
-                continue  # if it is a file, the next step or the rename says so
+                if not os.path.isdir(top) and os.path.lexists(top):
+                    return False
             except NotADirectoryError:
                 return False
             except FileNotFoundError:
@@ -2092,30 +2174,43 @@ class FileStore:
             replaced = None
             with contextlib.suppress(FileNotFoundError):  # nothing to replace
                 replaced = os.stat(path)
-            while True:
+            for _ in range(RACE_TRIES):
                 try:
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     os.rename(temp, path)
                     break
-                except FileNotFoundError:
-                    continue  # a delete beside removed the folder, which was empty
+                except (FileNotFoundError, FileExistsError):
+                    require_temp(temp)  # else a delete beside removed the folder, which was empty
+            else:
+                raise S3Error("SlowDown")
             if replaced is not None:
                 self._remove_side(bucket, key, replaced)
             self._sync_folder(os.path.dirname(path))
 
     def _sync_folder(self, folder: str) -> None:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
-        if self._fsync:
-            file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        while self._fsync:
+            try:
+                file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                folder = os.path.dirname(folder)  # pruned meanwhile: its own removal is what counts
+                continue
             try:
                 os.fsync(file)
             finally:
                 os.close(file)
+            return
 
     # --- Housekeeping ---
 
+    def _keep_house(self) -> None:
+        while True:
+            self._sweep()
+            time.sleep(SWEEP_SECONDS)
+
     def _sweep(self) -> None:
-        """Remove temporary files that no server writes any more, and descriptions of nothing."""
+        """Remove temporary files that no server writes any more, descriptions of nothing, and
+        uploads whose bucket was deleted by hand or by a server that did not get further."""
         horizon = time.time() - TEMP_SECONDS
         for path in files_below(f"{self._root}/.tmp"):
             self._remove_if_old(path, horizon)
@@ -2123,6 +2218,9 @@ class FileStore:
             for path in files_below(f"{self._root}/.meta/{bucket}"):
                 if not path.endswith("/created") and not self._side_in_use(bucket, path):
                     self._remove_if_old(path, horizon)
+        for bucket in os.listdir(f"{self._root}/{UPLOADS}"):
+            if not os.path.isdir(self._bucket_path(bucket)):
+                remove_files(f"{self._root}/{UPLOADS}/{bucket}")
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
@@ -2144,6 +2242,13 @@ class FileStore:
         return False
 
 
+def require_temp(path: str) -> None:
+    """RequestTimeout if a temporary file is gone: nothing was written to it for so long that
+    another server, when it started, took it for left over."""
+    if not os.path.exists(path):
+        raise S3Error("RequestTimeout")
+
+
 def write_all(file: int, data: memoryview) -> None:
     """Write every byte: a write to a nearly full disk may take only some."""
     while data:
@@ -2158,15 +2263,17 @@ def files_below(folder: str) -> list[str]:
 def remove_empty_folders(folder: str) -> None:
     """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
     for path, _, _ in os.walk(folder, topdown=False):
-        os.rmdir(path)
+        with contextlib.suppress(FileNotFoundError):  # a deletion beside pruned it
+            os.rmdir(path)
 
 
 def remove_files(folder: str) -> None:
-    """Remove a folder of files and folders."""
+    """Remove a folder of files and folders, but for what somebody puts there meanwhile."""
     for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            os.unlink(f"{path}/{name}")
-        os.rmdir(path)
+        with contextlib.suppress(OSError):  # then it stays, and is nothing's
+            for name in names:
+                os.unlink(f"{path}/{name}")
+            os.rmdir(path)
 
 
 # ===== 8 Multipart =====
@@ -2244,14 +2351,15 @@ def find_upload(store: Store, bucket: str, key: str, upload_id: str) -> Upload:
 def list_uploads(store: Store, bucket: str) -> list[Upload]:
     """Every upload in progress in a bucket, by key and then by time of initiation."""
     found = []
-    start: str | None = f"{bucket}/"
-    while start is not None:
-        info = next(store.scan(UPLOADS, f"{bucket}/", start, ""), None)
-        if info is None:
-            break
-        if info.key.endswith("/00000"):
-            found.append(upload_from_info(info))
-        start = successor(info.key[: -len("00000")])
+    seen = store.scan(UPLOADS, f"{bucket}/", f"{bucket}/", "/")
+    for upload_id in {info.key.split("/")[1] for info in seen}:
+        try:
+            info = store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000")
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise
+            continue  # completed or aborted meanwhile
+        found.append(upload_from_info(info))
     return sorted(found, key=lambda upload: (upload.key, upload.id))
 
 
@@ -2297,10 +2405,10 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
     for node in parse_xml(document, "CompleteMultipartUpload").findall("Part"):
         fields = {child.tag: (child.text or "").strip() for child in node}
         number = fields.get("PartNumber", "")
-        if not (number.isascii() and number.isdigit()) or not fields.get("ETag"):
+        if not re.fullmatch(r"\d{1,9}", number, re.ASCII) or not fields.get("ETag"):
             raise S3Error("MalformedXML", "Each Part needs a PartNumber and an ETag.")
         checksums = {name[8:]: text for name, text in fields.items() if name.startswith("Checksum")}
-        parts.append(ListedPart(int(number[:9]), fields["ETag"].strip('"'), checksums))
+        parts.append(ListedPart(int(number), fields["ETag"].strip('"'), checksums))
     if not parts or len(parts) > MAX_PART_NUMBER:
         raise S3Error("MalformedXML", f"You must list 1 to {MAX_PART_NUMBER} parts.")
     if any(one.number >= two.number for one, two in itertools.pairwise(parts)):
@@ -2398,6 +2506,8 @@ REFUSED_PREFIXES = {
     "x-amz-object-lock-": "NotImplemented",
     "x-amz-server-side-encryption": "NotImplemented",
     "x-amz-copy-source-server-side-encryption": "NotImplemented",
+    "x-amz-write-offset-bytes": "NotImplemented",
+    "x-amz-if-match-": "NotImplemented",
 }
 
 
@@ -2843,6 +2953,7 @@ def range_applies(request: Request, info: ObjectInfo) -> bool:
 
 def delete_object(store: Store, request: Request) -> Response:
     """DELETE /bucket/key."""
+    refuse_headers(request.headers)
     store.delete_object(request.bucket, request.key, write_condition(request))
     return Response(204)
 
@@ -2873,6 +2984,8 @@ def delete_one(store: Store, bucket: str, node: Element) -> Xml:
         check_key(key)
         if (node.findtext("VersionId") or "null") != "null":
             raise S3Error("NoSuchVersion")
+        if node.find("Size") is not None or node.find("LastModifiedTime") is not None:
+            raise S3Error("NotImplemented", "The only condition of a deletion here is an ETag.")
         store.delete_object(bucket, key, Condition(if_match=node.findtext("ETag") or None))
     except S3Error as error:
         return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
@@ -3037,6 +3150,7 @@ def upload_part(store: Store, request: Request) -> Response:
 
 def upload_part_copy(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId with x-amz-copy-source."""
+    refuse_headers(request.headers)
     request.body.read_all(0)
     upload, key = requested_part(store, request)
     source, content = open_copy_source(store, request)
@@ -3143,6 +3257,7 @@ def already_completed(
 
 def abort_multipart_upload(store: Store, request: Request) -> Response:
     """DELETE /bucket/key?uploadId."""
+    refuse_headers(request.headers)
     discard_upload(store, requested_upload(store, request))
     return Response(204)
 
@@ -3241,6 +3356,7 @@ ROUTES = (
     Route("DELETE", OBJECT, ("uploadId",), abort_multipart_upload, WRITE),
     Route("DELETE", OBJECT, (), delete_object, WRITE),
 )  # fmt: skip
+PUBLIC_OPERATIONS = {get_object, head_object, list_objects, list_objects_v2, head_bucket}
 ROUTES_OF: dict[tuple[str, str, frozenset[str]], list[Route]] = {}
 for _route in ROUTES:
     _asked = (_route.method, _route.resource, frozenset(_route.subresources))
@@ -3320,21 +3436,24 @@ class Service:
         request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
         if request.method == "OPTIONS":
             return preflight(request)
-        if request.path in self.HEALTH_PATHS and request.method in ("GET", "HEAD"):
+        request.bucket, request.key = address(request)
+        anonymous = "authorization" not in request.headers and not request.query
+        if anonymous and request.path in self.HEALTH_PATHS and request.method in ("GET", "HEAD"):
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
-        if request.path.startswith("/_zs3/"):
+        if request.bucket == "_zs3" and request.path.startswith("/_zs3/"):
             request.body = open_body(request, None)
             return self.store.internal(request)
         auth = authenticate(request, self._secrets, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
-        request.bucket, request.key = address(request)
         if request.credential is None:
             check_permission(request, READ if request.method in ("GET", "HEAD") else WRITE)
         route = find_route(request)
         check_permission(request, route.permission)
-        if request.bucket and not is_bucket_name(request.bucket):
+        if request.credential is None and route.operation not in PUBLIC_OPERATIONS:
+            raise S3Error("AccessDenied")
+        if (request.bucket or request.key) and not is_bucket_name(request.bucket):
             raise S3Error("InvalidBucketName", BucketName=request.bucket)
         if request.key:
             check_key(request.key)
@@ -3391,13 +3510,14 @@ class Wire:
         """A request's head with its final empty line; b"" if the client has gone.
         RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
         deadline = 0.0
+        self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
         while (end := self._rest.find(b"\r\n\r\n")) < 0:
             if len(self._rest) > MAX_HEAD_BYTES:
                 raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
             received = self._connection.recv(MAX_HEAD_BYTES)
             if not received:
                 return b""
-            self._rest = (self._rest + received).lstrip(b"\r\n")  # RFC 9112, 2.2
+            self._rest = (self._rest + received).lstrip(b"\r\n")
             now = time.monotonic()
             deadline = deadline or now + SOCKET_SECONDS
             if now > deadline:
@@ -3475,7 +3595,10 @@ class AccessLog:
 
 def logged_target(request: Request) -> str:
     """Path and query without the signature of a presigned URL, which is as good as a password."""
-    query = re.sub(r"(X-Amz-Signature=)[^&]*", r"\1...", request.raw_query)
+    pieces = [piece.partition("=") for piece in request.raw_query.split("&")]
+    shown = [name + equals + ("..." if "ignature" in unquote(name) else value)
+             for name, equals, value in pieces]
+    query = "&".join(shown)
     return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
 
 
@@ -3592,7 +3715,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             if isinstance(response.body, Stream):
                 response.body.content.close()
-            if not request.path.startswith("/_zs3/") or request.path in Service.HEALTH_PATHS:
+            if request.bucket != "_zs3" or request.path in Service.HEALTH_PATHS:
                 self.server.log(request, response.status, length, time.monotonic() - began)
         if not request.wire.ended and not request.wire.waits:
             self._linger()
@@ -3683,6 +3806,16 @@ class Server(ThreadingHTTPServer):
                 self._under_way -= 1
                 if self.stopping and not self._under_way:
                     self._idle.notify_all()
+
+    def get_request(self) -> Any:
+        """The next connection. At the limit of open files there is none to be had, however often
+        one asks: then wait for others to end."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(FULL_SECONDS)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread, or SlowDown when there are too many."""
@@ -3898,8 +4031,10 @@ def well_known(credentials: Mapping[str, Credential]) -> bool:
 def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
     """The store that the command line asks for."""
     if args.distributed:
-        import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
-
+        try:
+            import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
+        except ImportError as error:
+            sys.exit(f"zs3: {error}")
         return zs3_dist.open_store(args, credentials)
     return FileStore(args.data_dir, args.fsync)
 
@@ -4022,7 +4157,18 @@ def serve_workers(
         workers.discard(pid)
         if not stopping:
             LOG.error("worker %d ended with status %d", pid, status)
+            time.sleep(RESPAWN_SECONDS)
     return 0
+
+
+def raise_limits() -> None:
+    """Let every connection have a file open beside its socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MAX_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def release_memory() -> None:
@@ -4041,12 +4187,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)
     try:
+        what = f"listen on {host}:{args.port}"
         listener = open_listener(host, args.port)
+        what = f"use the folder {args.data_dir}"
+        os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
     except OSError as error:
-        print(f"zs3: cannot listen on {host}:{args.port}: {error.strerror}", file=sys.stderr)
+        print(f"zs3: cannot {what}: {error.strerror}", file=sys.stderr)
         return 1
     args.host, args.port = listener.getsockname()[:2]
     args.data_dir = os.path.abspath(args.data_dir)
+    raise_limits()
     release_memory()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is something to stop
     print_banner(args, credentials)
