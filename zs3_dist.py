@@ -74,7 +74,9 @@ from zs3 import S3Error
 try:
     from blake3 import blake3
 except ImportError as error:
-    raise SystemExit("zs3: distributed mode needs blake3: python -m pip install blake3") from error
+    raise ImportError(
+        "distributed mode needs the package blake3: python -m pip install blake3"
+    ) from error
 
 # ===== 1 Limits =====
 
@@ -100,7 +102,7 @@ MAX_MEMBERS = 1000  # nodes in a view
 CONNECT_SECONDS = 2.0  # also how long one small answer may take
 BLOCK_SECONDS = 10.0  # how long storing or fetching one block may take
 LINGER_SECONDS = 0.5  # a third copy is waited for so long after two are there
-HEDGE_SECONDS = 0.05  # an answer later than this makes us ask one more peer
+HEDGE_SECONDS = 0.05  # a small answer later than this makes us ask one more peer
 SKIP_SECONDS = 10.0  # a peer that did not answer is asked last for so long, unless it is heard from
 JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to join its cluster
 SILENCE_SECONDS = 1.5  # a change that lacks owners is tried for so long, and three times
@@ -764,7 +766,9 @@ class Exchange:
         self.peers, self.enough, self.first, self.linger = peers, enough, first, linger
         self.queue = collections.deque(questions)
         self.deadline = time.monotonic() + seconds
-        self.hedge = time.monotonic() + HEDGE_SECONDS
+        # A block may take longer than a message before one more peer is asked.
+        self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
+        self.hedge = time.monotonic() + self.patience
         self.calls: dict[int, Call] = {}  # file descriptor -> call
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
@@ -811,7 +815,7 @@ class Exchange:
         if not self.queue:
             return
         question = self.queue.popleft()
-        self.hedge = time.monotonic() + HEDGE_SECONDS
+        self.hedge = time.monotonic() + self.patience
         try:
             call = Call(question, self.peers.take(question.to.address), self.peers.seal)
         except OSError:
@@ -1014,6 +1018,7 @@ class Blocks:
             raise
         if self.fsync:
             sync_folder(path.parent)
+            sync_folder(self.root)
         if new:
             self._counted(1, len(data))
 
@@ -1153,7 +1158,7 @@ class Pins:
 #
 # Between views. View e+1 is itself chosen by a register, whose acceptors are all members of view e,
 # so there is one history of views. A node in view e refuses messages of another epoch, under the
-# lock that also guards the change of its view (`Registers.fence`). A change of members first makes
+# lock that also guards the change of its view (`Node.answer`). A change of members first makes
 # a *joint* view with `previous` set: each quorum then needs its number among the owners under
 # `members` and among the owners under `previous`. Take a value chosen in view e and a later view f:
 #   f is joint and e is its last stable view or a joint view after it: the quorum among the previous
@@ -1351,6 +1356,10 @@ ON CONFLICT (bucket, key) DO UPDATE SET
 TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
 
 
+class StaleView(Exception):
+    """The view changed under something that was only meant for the old one."""
+
+
 class Database(sqlite3.Connection):
     """SQLite whose disk errors are those of the disk: OSError, as for any other file."""
 
@@ -1375,7 +1384,7 @@ class Registers:
 
     def __init__(self, own: int, path: str, fsync: bool = False) -> None:
         self.own = own
-        self._lock = threading.RLock()  # guards the database and the fields below
+        self.lock = threading.RLock()  # guards the database and the fields below
         self._bases: dict[str, list[Any]] = {}  # `basis` of buckets, remembered
         self._db = sqlite3.connect(
             path, isolation_level=None, check_same_thread=False, factory=Database
@@ -1401,12 +1410,12 @@ class Registers:
 
     def meta(self, name: str) -> str | None:
         """A setting kept beside the registers."""
-        with self._lock:
+        with self.lock:
             return cast("str | None", self._one("SELECT value FROM meta WHERE name = ?", name))
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a setting."""
-        with self._lock:
+        with self.lock:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def adopt(self, views: Iterable[View]) -> bool:
@@ -1417,7 +1426,7 @@ class Registers:
         forgotten. ValueError when they are another cluster's.
         """
         entered = False
-        with self._lock:
+        with self.lock:
             for view in views:
                 need(self.view is None or view.cluster == self.view.cluster, "cluster")
                 if self.view is not None and view.epoch == self.view.epoch + 1:
@@ -1452,7 +1461,7 @@ class Registers:
     def install(self, views: Sequence[View]) -> None:
         """Begin anew with the history of a cluster that this node is not a member of: it takes the
         others' word, and keeps no register."""
-        with self._lock:
+        with self.lock:
             with self._transaction():
                 for table in ("registers", "refs", "floors", "meta", "views"):
                     self._db.execute(f"DELETE FROM {table}")
@@ -1465,7 +1474,7 @@ class Registers:
 
     def views_after(self, epoch: int) -> list[Value]:
         """The views after `epoch`, oldest first."""
-        with self._lock:
+        with self.lock:
             rows = self._db.execute(
                 "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?", (epoch, BATCH)
             ).fetchall()
@@ -1473,7 +1482,7 @@ class Registers:
 
     def set_synced(self, epoch: int) -> None:
         """All that previous owners knew before `epoch` has been pulled."""
-        with self._lock:
+        with self.lock:
             self.set_meta("synced", str(epoch))
             self.synced = epoch
 
@@ -1486,7 +1495,7 @@ class Registers:
     def slot(self, bucket: str, key: str, known: str = "") -> Slot:
         """What is known here of one register; without the value if it is the one accepted at
         `known`."""
-        with self._lock:
+        with self.lock:
             row = self._db.execute(
                 "SELECT promised, accepted, chosen, head, tail FROM registers"
                 " WHERE bucket = ? AND key = ?",
@@ -1503,17 +1512,17 @@ class Registers:
 
     def floor(self, bucket: str) -> str:
         """What keys of `bucket` that have no row promised: tombstones up to there were dropped."""
-        with self._lock:
+        with self.lock:
             return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
 
     def floors(self) -> dict[str, str]:
         """All floors."""
-        with self._lock:
+        with self.lock:
             return dict(self._db.execute("SELECT bucket, ballot FROM floors").fetchall())
 
     def raise_floor(self, bucket: str, ballot: str) -> None:
         """Promise at least `ballot` for all keys of `bucket` that have no row."""
-        with self._lock:
+        with self.lock:
             if ballot > self.floor(bucket):
                 self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?)", (bucket, ballot))
 
@@ -1522,7 +1531,7 @@ class Registers:
         at."""
         if not key or bucket in (UPLOADS, VIEWS):
             return None
-        with self._lock:
+        with self.lock:
             if bucket not in self._bases:
                 slot = self.slot(bucket, "")
                 self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
@@ -1531,7 +1540,7 @@ class Registers:
     def read(self, epoch: int, bucket: str, key: str, known: str) -> Message:
         """What is accepted here, without the value if it is the one accepted at `known`; about the
         bucket, too, if there is no object."""
-        with self._lock:
+        with self.lock:
             refusal = self.fence(epoch)
             if refusal:
                 return refusal
@@ -1541,7 +1550,7 @@ class Registers:
 
     def prepare(self, epoch: int, bucket: str, key: str, ballot: str, known: str) -> Message:
         """Promise to accept nothing below `ballot`, and tell what is accepted; or refuse."""
-        with self._lock:
+        with self.lock:
             refusal = self.fence(epoch)
             if refusal:
                 return refusal
@@ -1567,7 +1576,7 @@ class Registers:
     ) -> Message:
         """Accept `value`, unless more was promised, or it is an object and its bucket is not
         open."""
-        with self._lock:
+        with self.lock:
             refusal = self.fence(epoch)
             if refusal:
                 return refusal
@@ -1575,7 +1584,7 @@ class Registers:
             if ballot < slot.promised:
                 return {"refused": slot.promised}
             if basis:
-                self.offer(bucket, "", *basis)
+                self.offer(epoch, bucket, "", *basis)
             if live(value) and bucket_state(self.basis(bucket, key)) != "open":
                 return {"closed": True}
             self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
@@ -1583,21 +1592,23 @@ class Registers:
 
     def learn(self, epoch: int, bucket: str, key: str, ballot: str) -> Message:
         """What was accepted at `ballot` has been chosen."""
-        with self._lock:
+        with self.lock:
             refusal = self.fence(epoch)
             if not refusal:
                 self.mark_chosen([(bucket, key, ballot)])
             return refusal or {"done": True}
 
     def offer(
-        self, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
+        self, epoch: int, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
     ) -> bool:
         """Another owner accepted this: do so too, as if its accept message had come here late.
 
         False when something higher was promised and it is not known to be chosen: then only a round
         of the register can tell.
         """
-        with self._lock:
+        with self.lock:
+            if self.fence(epoch):
+                raise StaleView  # the bucket may not be ours any more
             slot = self.slot(bucket, key)
             if accepted <= slot.accepted or value is None:
                 return True
@@ -1669,7 +1680,7 @@ class Registers:
         size, more = 0, False
         position: bytes | None = max(prefix, start).encode()
         end = after_prefix(prefix)
-        with self._lock:
+        with self.lock:
             while position is not None and not more:
                 rows = self._rows(bucket, position, end)
                 position = None
@@ -1698,7 +1709,7 @@ class Registers:
 
     def buckets(self) -> list[list[Any]]:
         """[name, accepted, value] of the buckets' own registers."""
-        with self._lock:
+        with self.lock:
             rows = self._db.execute(
                 "SELECT bucket, accepted, head FROM registers WHERE key = x'' AND accepted != ''"
             ).fetchall()
@@ -1707,7 +1718,7 @@ class Registers:
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
         """[bucket, key, accepted, chosen] of what was accepted after `since`, of the buckets
         `wanted`."""
-        with self._lock:
+        with self.lock:
             rows = self._db.execute(
                 "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
                 " ORDER BY seq LIMIT ?",
@@ -1724,7 +1735,7 @@ class Registers:
 
     def live_keys(self, bucket: str) -> list[str]:
         """Some keys of live objects in `bucket`, at most BATCH."""
-        with self._lock:
+        with self.lock:
             rows = self._db.execute(
                 "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?",
                 (bucket, BATCH),
@@ -1733,7 +1744,7 @@ class Registers:
 
     def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
-        with self._lock, self._transaction(bool(places)):
+        with self.lock, self._transaction(bool(places)):
             self._bases.clear()
             self._db.executemany(
                 "UPDATE registers SET chosen = 1 WHERE bucket = ? AND key = ? AND accepted = ?",
@@ -1744,7 +1755,7 @@ class Registers:
         self, before: float, after: tuple[str, str] = ("", "")
     ) -> list[tuple[str, str, str]]:
         """(bucket, key, accepted) of tombstones older than `before` (wall clock), in order."""
-        with self._lock:
+        with self.lock:
             rows = self._db.execute(
                 "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
                 " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
@@ -1756,13 +1767,13 @@ class Registers:
     def buried(self, bucket: str, key: str, ballot: str) -> bool:
         """Is the tombstone of that ballot, or something later, or nothing any more, what is
         here?"""
-        with self._lock:
+        with self.lock:
             slot = self.slot(bucket, key)
             return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
 
     def bury(self, bucket: str, key: str, ballot: str) -> bool:
         """Drop the tombstone, if it is still that one and nothing else was promised."""
-        with self._lock:
+        with self.lock:
             slot = self.slot(bucket, key)
             if slot.accepted != ballot or live(slot.value) or (not key and self.live_keys(bucket)):
                 return False
@@ -1776,14 +1787,14 @@ class Registers:
 
     def used(self, block: str) -> bool:
         """Does any accepted value here name this block?"""
-        with self._lock:
+        with self.lock:
             return bool(
                 self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block))
             )
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self.lock:
             self._db.close()
 
 
@@ -1845,10 +1856,6 @@ class Pause(NamedTuple):
 Answers = Mapping[int, Message]  # {"failed": true} from a node that gave none
 T = TypeVar("T")
 Steps = Generator["Ask | Pause", Answers, T]
-
-
-class StaleView(Exception):
-    """The view changed under something that was only meant for the old one."""
 
 
 class BucketClosing(S3Error):
@@ -2248,8 +2255,15 @@ class Node:
                 self.to_ping[oldest.node] = oldest
 
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
-        """Do what a checked message asks. ValueError when it makes no sense here."""
-        return self.handlers[name](message, sender)
+        """Do what a checked message asks. ValueError when it makes no sense here.
+
+        That it is of our epoch, and what is answered, are one step: meanwhile no other view is
+        entered, and no register dropped.
+        """
+        if "epoch" not in message or name == "hello":
+            return self.handlers[name](message, sender)
+        with self.registers.lock:
+            return self.registers.fence(message["epoch"]) or self.handlers[name](message, sender)
 
     def on_hello(self, message: Message, sender: Contact) -> Message:
         """Who are you, and what views do you know after that epoch?"""
@@ -2317,22 +2331,18 @@ class Node:
             slot = self.registers.slot(message["bucket"], "")
             if slot.value is None or slot.value["id"] != message["mark"]:
                 return {"unmarked": True}
-        return self.registers.fence(message["epoch"]) or self.registers.page(**fields)
+        return self.registers.page(**fields)
 
     def on_buckets(self, message: Message, sender: Contact) -> Message:
         """All buckets known here."""
-        refusal, view = self.registers.fence(message["epoch"]), self.registers.view
-        if refusal or view is None:
-            return refusal or {"behind": 0}
+        view = cast(View, self.registers.view)
         # Not what is left from when this node was an owner: it may be long out of date.
         asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
         return {"buckets": asked}
 
     def on_changes(self, message: Message, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
-        refusal, view = self.registers.fence(message["epoch"]), self.registers.view
-        if refusal or view is None:
-            return refusal or {"behind": 0}
+        view = cast(View, self.registers.view)
         owned: dict[str, bool] = {VIEWS: False}
 
         def wanted(bucket: str) -> bool:
@@ -2345,21 +2355,19 @@ class Node:
 
     def on_values(self, message: Message, sender: Contact) -> Message:
         """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
-        refusal = self.registers.fence(message["epoch"])
         slots: list[list[Any]] = []
         size = 0
         for bucket, key in message["places"]:
-            if refusal or size > PAGE_BYTES:
+            if size > PAGE_BYTES:
                 break
             slot = self.registers.slot(bucket, key)
             slots.append([slot.accepted, slot.chosen, slot.value])
             size += 500 + 64 * len(blocks_of(slot.value))
-        return refusal or {"slots": slots}
+        return {"slots": slots}
 
     def on_buried(self, message: Message, sender: Contact) -> Message:
         """Which of these tombstones have reached this owner?"""
-        refusal = self.registers.fence(message["epoch"])
-        return refusal or {"buried": [self.registers.buried(*grave) for grave in message["graves"]]}
+        return {"buried": [self.registers.buried(*grave) for grave in message["graves"]]}
 
     def on_used(self, message: Message, sender: Contact) -> Message:
         """Which of these blocks does a record or an operation here need?"""
@@ -3327,9 +3335,9 @@ class Housekeeping:
                 return False
             if not self._take(view, contact, answer["entries"]):
                 return False
-            for bucket, floor in answer["floors"].items():
-                self.registers.raise_floor(bucket, floor)
             more = answer["more"]
+            for bucket, floor in answer["floors"].items() if not more else ():
+                self.registers.raise_floor(bucket, floor)
             if since != answer["upto"] or epoch != view.epoch:
                 epoch, since = view.epoch, answer["upto"]
                 self.registers.set_meta(place, f"{epoch} {since}")
@@ -3370,7 +3378,9 @@ class Housekeeping:
             return 0
         slots = answer["slots"]
         for (bucket, key), (accepted, chosen, value) in zip(places, slots, strict=False):
-            if value is not None and not self.registers.offer(bucket, key, accepted, chosen, value):
+            if value is not None and not self.registers.offer(
+                view.epoch, bucket, key, accepted, chosen, value
+            ):
                 self.cluster.run(self.cluster.rounds.repair(bucket, key))
             self.store.counts["pulled"] += 1
         return len(slots)
@@ -3512,7 +3522,7 @@ class Housekeeping:
         with self.node.table_lock:
             contacts = self.node.table.contacts()
         for block in blocks:
-            for contact in nearest(contacts, block_target(block), self.cluster.view().replicas):
+            for contact in nearest(contacts, block_target(block), CONTACTS_PER_BUCKET):
                 wanted.setdefault(contact, []).append(block)
         for contact, hashes in wanted.items():
             self.cluster.call("provide", {"hashes": hashes}, contact)
@@ -3577,6 +3587,7 @@ class Membership:
         self.replicas = replicas
         self.discovering = False
         self.forget_after = math.inf  # seconds of silence
+        self.waiting = False  # it was said that no cluster can be found yet
         self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
         self.alone_since = time.monotonic()
 
@@ -3635,6 +3646,10 @@ class Membership:
             and self.node.own.node < min(fresh, default=1 << ID_BITS)
         ):
             founds = True
+        if not founds and not self.waiting:
+            self.waiting = True
+            addresses = ", ".join(self._addresses()) or "the multicast group"
+            LOG.info("waiting for a node of this cluster (with the same secret) at %s", addresses)
         if founds:
             view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
             self.registers.install([view])
