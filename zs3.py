@@ -62,6 +62,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -78,7 +79,7 @@ from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -777,35 +778,19 @@ def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
 # ===== 6 Request bodies and checksums =====
 
 
-class Incoming(Protocol):
-    """Where bytes come from: a connection (section 11) or, in tests, io.BytesIO."""
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Put at least one byte into `buffer`; 0 at the end."""
-
-    def readline(self, size: int, /) -> bytes:
-        """Up to and with the next LF, at most `size` bytes."""
-
-
 class WireBody(io.RawIOBase):
-    """The bytes that follow a request's head, as HTTP frames them: `length` of them, or chunks
-    where it is None (RFC 9112, 7.1). The first read sends `100 Continue` if the client waits for
-    it."""
+    """The bytes that follow a request's head on a connection, as HTTP frames them: `length` of
+    them, or chunks where it is None (RFC 9112, 7.1)."""
 
     def __init__(
-        self, wire: Incoming, length: int | None, proceed: Callable[[], None] | None = None
+        self, wire: Wire | io.BytesIO, length: int | None, proceed: Callable[[], None] | None = None
     ) -> None:
         self._wire = wire
         self._chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
-        self._proceed = proceed
+        self.proceed = proceed  # sends the `100 Continue` that a client waits for, having sent none
         self.ended = length == 0
         self.failed = False  # framing was lost or the client went away: nothing more can be read
-
-    @property
-    def waits(self) -> bool:
-        """Whether the client still waits for `100 Continue`, and so has sent nothing."""
-        return self._proceed is not None
 
     def readable(self) -> bool:
         """For io.BufferedReader."""
@@ -813,9 +798,9 @@ class WireBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
-        if self._proceed is not None:
-            self._proceed()  # even if nothing follows: some versions of botocore count on it
-            self._proceed = None
+        if self.proceed is not None:
+            self.proceed()  # even if nothing follows: some versions of botocore count on it
+            self.proceed = None
         if self.ended:
             return 0
         try:
@@ -885,10 +870,9 @@ class ChunkSigner:
         self._previous = expected
 
 
-class AwsChunks(io.RawIOBase):
+class AwsChunks:
     """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0
-    the trailers as `name:value` lines. Each chunk's signature is checked at its end, if there is a
-    signer."""
+    the trailers as `name:value` lines. With a signer, each chunk's signature is checked."""
 
     def __init__(self, source: io.RawIOBase, signer: ChunkSigner | None, trailer: str) -> None:
         self._source = io.BufferedReader(source, SMALL_BYTES)
@@ -899,10 +883,6 @@ class AwsChunks(io.RawIOBase):
         self._given = ""
         self._ended = False
         self.trailers: dict[str, str] = {}
-
-    def readable(self) -> bool:
-        """For io.BufferedReader."""
-        return True
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with decoded bytes; 0 at the end. Raises what does not hold."""
@@ -1051,9 +1031,8 @@ class CrcDigest:
         self._size = CRCS[algorithm].width // 8
         self._value = 0
 
-    def update(self, data: memoryview) -> None:
-        """Take in more bytes, not too many at once: the interpreter is busy with them until the
-        end."""
+    def update(self, data: bytes | memoryview) -> None:
+        """Take in more bytes, a piece at a time: each keeps the interpreter busy to its end."""
         for at in range(0, len(data), CRC_PIECE_BYTES):
             self._value = self._function(data[at : at + CRC_PIECE_BYTES], self._value)
 
@@ -1062,33 +1041,18 @@ class CrcDigest:
         return self._value.to_bytes(self._size, "big")
 
 
-class Digest(Protocol):
-    """What hashlib's objects and CrcDigest have in common."""
-
-    def update(self, data: Any, /) -> None:
-        """Take in more bytes."""
-
-    def digest(self) -> bytes:
-        """The value of all bytes so far."""
-
+Digest: TypeAlias = "hashlib._Hash | CrcDigest"
 
 # Checksum algorithm, as in x-amz-checksum-algorithm -> a new Digest.
 CHECKSUMS: dict[str, Callable[[], Digest]] = {
-    "CRC32": lambda: CrcDigest("CRC32"),
-    "CRC32C": lambda: CrcDigest("CRC32C"),
-    "CRC64NVME": lambda: CrcDigest("CRC64NVME"),
-    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+    **{name: functools.partial(CrcDigest, name) for name in CRCS},
+    "SHA1": functools.partial(hashlib.sha1, usedforsecurity=False),
     "SHA256": hashlib.sha256,
 }
-
-
-def md5_digest() -> Digest:
-    """An MD5 for ETags, which are no security."""
-    return hashlib.md5(usedforsecurity=False)
-
-
-# What a Body may compute: PAYLOAD is the SHA-256 that a client signs.
-DIGESTS = CHECKSUMS | {"MD5": md5_digest, "PAYLOAD": hashlib.sha256}
+# What a Body may compute: also the MD5 of an ETag, and the SHA-256 that a client signs.
+DIGESTS: dict[str, Callable[[], Digest]] = CHECKSUMS | {
+    "MD5": functools.partial(hashlib.md5, usedforsecurity=False), "PAYLOAD": hashlib.sha256,
+}
 
 
 def checksum_header(algorithm: str) -> str:
@@ -1115,78 +1079,58 @@ class Body:
     is to be stored."""
 
     def __init__(
-        self, source: io.RawIOBase | io.BytesIO, size: int | None, limit: int = MAX_PUT_BYTES
+        self, source: WireBody | AwsChunks | ContentReader | io.BytesIO, size: int | None,
+        limit: int = MAX_PUT_BYTES,
     ) -> None:
+        self.source = source
         self.size = size  # as declared; None when the client did not say
         self.length = 0
         self.md5 = ""
         self.checksums: dict[str, str] = {}
-        self.source = source
+        self.wanted = {"MD5"}  # the rows of DIGESTS to compute
+        self.expected: dict[str, bytes] = {}  # those of them whose value was declared
+        self.trailer = ""  # the one whose value comes after the data
         self._limit = limit
-        self._expected: dict[str, bytes] = {}  # digest name -> value declared
-        self._wanted = {"MD5"}  # names of digests
-        self._digests: dict[str, Digest] = {}  # made when the body is read, if ever
-        self._trailer = ""  # the checksum algorithm whose value comes after the data
 
     def expect(self, name: str, value: bytes) -> None:
-        """`name` is MD5, PAYLOAD (the signed SHA-256) or a checksum algorithm."""
-        self.compute(name)
-        self._expected[name] = value
-
-    def expect_trailer(self, algorithm: str) -> None:
-        """The value of this checksum comes after the data."""
-        self.compute(algorithm)
-        self._trailer = algorithm
-
-    def compute(self, name: str) -> None:
-        """Have this digest in `checksums` at the end."""
-        self._wanted.add(name)
-
-    def computed(self) -> set[str]:
-        """The checksum algorithms whose values will be in `checksums`."""
-        return CHECKSUMS.keys() & self._wanted
-
-    @property
-    def has_trailer(self) -> bool:
-        """Whether a checksum can come after the data."""
-        return isinstance(self.source, AwsChunks)
+        """The value declared for a row of DIGESTS."""
+        self.wanted.add(name)
+        self.expected[name] = value
 
     def __iter__(self) -> Iterator[memoryview]:
         """See the class."""
-        if self.size is not None and self.size > self._limit:
-            raise self._too_large()
-        self._digests = {name: DIGESTS[name]() for name in self._wanted}
-        # A large body takes turns in two blocks: one is hashed while the next is received.
+        self._check_length()
+        digests = {name: DIGESTS[name]() for name in self.wanted}
+        # A large body takes turns in two blocks: one is hashed while the next is received, in
+        # threads, as hashlib lets others run meanwhile.
         large = self.size is None or self.size > BLOCK_BYTES
         block = memoryview(bytearray(BLOCK_BYTES if large else max(self.size or 0, 1)))
         spare = memoryview(bytearray(BLOCK_BYTES)) if large else block
         hashing: list[threading.Thread] = []
         while got := self._fill(block):
             self.length += got
-            if self.length > self._limit:
-                raise self._too_large()
-            if self.size is not None and self.length > self.size:
-                raise S3Error("IncompleteBody", "The body is longer than it declared.")
+            self._check_length()
             for thread in hashing:
                 thread.join()
-            hashing = self._hash(block[:got], large)
+            hashing.clear()
+            for digest in digests.values():
+                if large:
+                    hashing.append(threading.Thread(target=digest.update, args=(block[:got],)))
+                    hashing[-1].start()
+                else:
+                    digest.update(block[:got])
             yield block[:got]
             block, spare = spare, block
         for thread in hashing:
             thread.join()
-        self._finish()
+        self._finish(digests)
 
-    def _hash(self, data: memoryview, beside: bool) -> list[threading.Thread]:
-        """Have every digest take in `data`, in threads of their own if `beside`: hashlib lets other
-        threads run meanwhile."""
-        threads = []
-        for digest in self._digests.values():
-            if beside:
-                threads.append(threading.Thread(target=digest.update, args=(data,)))
-                threads[-1].start()
-            else:
-                digest.update(data)
-        return threads
+    def _check_length(self) -> None:
+        if max(self.length, self.size or 0) > self._limit:
+            proposed = self.size or self.length
+            raise S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
+        if self.size is not None and self.length > self.size:
+            raise S3Error("IncompleteBody", "The body is longer than it declared.")
 
     def _fill(self, block: memoryview) -> int:
         """Read until the block is full or the body ends."""
@@ -1198,28 +1142,23 @@ class Body:
             got += count
         return got
 
-    def _too_large(self) -> S3Error:
-        proposed = self.size or self.length
-        return S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
-
-    def _finish(self) -> None:
+    def _finish(self, digests: Mapping[str, Digest]) -> None:
         if self.size is not None and self.length != self.size:
             raise S3Error("IncompleteBody")
-        if self._trailer:
+        values = {name: digest.digest() for name, digest in digests.items()}
+        if self.trailer:
             trailers = self.source.trailers if isinstance(self.source, AwsChunks) else {}
-            name = checksum_header(self._trailer)
-            size = len(self._digests[self._trailer].digest())
-            self._expected[self._trailer] = decode_digest(trailers.get(name, ""), size, name)
-        for name, expected in self._expected.items():
-            if not hmac.compare_digest(self._digests[name].digest(), expected):
+            name = checksum_header(self.trailer)
+            size = len(values[self.trailer])
+            self.expected[self.trailer] = decode_digest(trailers.get(name, ""), size, name)
+        for name, expected in self.expected.items():
+            if not hmac.compare_digest(values[name], expected):
                 if name == "PAYLOAD":
                     raise S3Error("XAmzContentSHA256Mismatch")
                 raise S3Error("BadDigest", f"The {name} you specified did not match the body.")
-        self.md5 = self._digests["MD5"].digest().hex()
+        self.md5 = values["MD5"].hex()
         self.checksums = {
-            name: base64.b64encode(digest.digest()).decode()
-            for name, digest in self._digests.items()
-            if name in CHECKSUMS
+            name: base64.b64encode(values[name]).decode() for name in values if name in CHECKSUMS
         }
 
     def read_all(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
@@ -1228,7 +1167,7 @@ class Body:
         return b"".join(bytes(block) for block in self)
 
 
-class ContentReader(io.RawIOBase):
+class ContentReader:
     """A range of an object as a file, for a Body: how a part is copied from an object."""
 
     def __init__(self, content: Content, start: int, length: int) -> None:
@@ -1300,9 +1239,11 @@ def expect_checksums(request: Request) -> None:
     trailer = request.header("x-amz-trailer").strip().lower()
     if trailer:
         algorithm = parse_algorithm(trailer.removeprefix("x-amz-checksum-"))
-        if values or checksum_header(algorithm) != trailer or not request.body.has_trailer:
+        chunked = isinstance(request.body.source, AwsChunks)
+        if values or checksum_header(algorithm) != trailer or not chunked:
             raise S3Error("InvalidRequest", "x-amz-trailer names a checksum that ends the body.")
-        request.body.expect_trailer(algorithm)
+        request.body.wanted.add(algorithm)
+        request.body.trailer = algorithm
         values = {algorithm: ""}
     announced = parse_algorithm(request.header("x-amz-sdk-checksum-algorithm"))
     if announced and announced not in values:
@@ -1359,11 +1300,8 @@ class ObjectInfo:
         """All but the key, as JSON can hold it, without what is empty."""
         record = {"size": self.size, "etag": self.etag, "modified": self.modified}
         optional = {
-            "headers": self.headers,
-            "checksums": self.checksums,
-            "checksum_type": self.checksum_type,
-            "parts": [list(part) for part in self.parts],
-            "upload_id": self.upload_id,
+            "headers": self.headers, "checksums": self.checksums, "upload_id": self.upload_id,
+            "checksum_type": self.checksum_type, "parts": [list(part) for part in self.parts],
         }
         return record | {name: value for name, value in optional.items() if value}
 
@@ -1372,14 +1310,8 @@ class ObjectInfo:
         """The inverse of record()."""
         parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
         return cls(
-            key,
-            record["size"],
-            record["etag"],
-            record["modified"],
-            record.get("headers", {}),
-            record.get("checksums", {}),
-            record.get("checksum_type", ""),
-            parts,
+            key, record["size"], record["etag"], record["modified"], record.get("headers", {}),
+            record.get("checksums", {}), record.get("checksum_type", ""), parts,
             record.get("upload_id", ""),
         )
 
@@ -1404,8 +1336,7 @@ class Condition(NamedTuple):
     if_none_match: str | None = None
 
     def check(self, current: ObjectInfo | None) -> None:
-        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed,
-        NotImplemented."""
+        """NoSuchKey, PreconditionFailed, NotImplemented: `current` is not to be replaced."""
         if self.if_none_match is not None:
             if self.if_none_match.strip() != "*":
                 raise S3Error("NotImplemented", "If-None-Match of a write can only be *.")
@@ -1485,19 +1416,14 @@ class FileContent:
     """An open file: whatever replaces it, it stays what it was."""
 
     def __init__(self, file: int) -> None:
-        self._file = file
-
-    def fileno(self) -> int:
-        """The file descriptor, for sendfile."""
-        return self._file
+        self.file = file  # the descriptor, for sendfile
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+        os.close(self.file)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
         """Ends early if somebody cuts the file short meanwhile."""
-        while length > 0 and (data := os.pread(self._file, min(length, BLOCK_BYTES), start)):
+        while length > 0 and (data := os.pread(self.file, min(length, BLOCK_BYTES), start)):
             yield data
             start += len(data)
             length -= len(data)
@@ -1508,6 +1434,7 @@ SPELLED = [
     chr(byte) if 0x30 <= byte <= 0x7D else f"{'+' if byte < 0x30 else '~'}{byte:02X}"
     for byte in range(256)
 ]  # fmt: skip
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows such bytes of a file's name
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 
@@ -1552,10 +1479,8 @@ class FileLocks:
                 fcntl.flock(self._files[stripe], fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Close the lock files."""
-        for file in self._files:
-            if file >= 0:
-                os.close(file)
+        for file in filter(lambda file: file >= 0, self._files):
+            os.close(file)
 
 
 class DirectoryCache:
@@ -1586,43 +1511,27 @@ class DirectoryCache:
                 raise
             return []
         if settled:
-            self._remember(path, identity, names)
+            with self._lock:
+                _, replaced = self._entries.pop(path, (None, []))
+                self._entries[path] = (identity, names)
+                self._names += len(names) - len(replaced)
+                while self._names > MAX_CACHED_NAMES:
+                    _, (_, dropped) = self._entries.popitem(last=False)
+                    self._names -= len(dropped)
         return names
-
-    def _remember(self, path: str, identity: tuple[int, int, int], names: list[str]) -> None:
-        with self._lock:
-            _, replaced = self._entries.pop(path, (None, []))
-            self._entries[path] = (identity, names)
-            self._names += len(names) - len(replaced)
-            while self._names > MAX_CACHED_NAMES:
-                _, (_, dropped) = self._entries.popitem(last=False)
-                self._names -= len(dropped)
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: regular files, and directories with a
-    "/"."""
+    """The names in a directory that can be part of a key: files, and directories with a "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if not name.isascii() and not is_utf8(name):
+            if NOT_UTF8.search(entry.name):
                 continue  # no key can say it
-            try:
+            with contextlib.suppress(OSError):  # a symbolic link that leads nowhere
                 if entry.is_dir():
-                    yield name + "/"
+                    yield entry.name + "/"
                 elif entry.is_file():
-                    yield name
-            except OSError:
-                continue  # a symbolic link that leads nowhere
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8: what is not, Python shows with surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+                    yield entry.name
 
 
 def file_status(path: str) -> os.stat_result:
@@ -1646,8 +1555,7 @@ def record_holds(record: Any, status: os.stat_result) -> bool:
 
 class FileStore:
     """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
-    describes it is set on the file before the rename, so both appear, and are replaced,
-    together."""
+    describes it is set on it before the rename, so both appear, and are replaced, together."""
 
     XATTR = "user.zs3"
     OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for a writer of a FIFO
@@ -1688,7 +1596,7 @@ class FileStore:
         return sorted(found)
 
     def stat_bucket(self, bucket: str) -> BucketInfo:
-        """A bucket made by hand was created when it was last changed."""
+        """One made by hand was created when it was last changed."""
         self._require_bucket(bucket)
         for path in (self._created_path(bucket), self._bucket_path(bucket)):
             with contextlib.suppress(FileNotFoundError):  # made by hand
@@ -1720,7 +1628,8 @@ class FileStore:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise S3Error("BucketNotEmpty", BucketName=bucket) from None
-            remove_files(os.path.join(self._root, ".meta", bucket))
+            with contextlib.suppress(FileNotFoundError):  # made by hand
+                shutil.rmtree(f"{self._root}/.meta/{bucket}")
             self._sync_folder(self._root)
 
     def _bucket_path(self, bucket: str) -> str:
@@ -1739,10 +1648,10 @@ class FileStore:
         """Where an ordinary key's file is; "" for a key that no path can spell."""
         if key[0] == "/" or key[-1] == "/" or "//" in key or "\0" in key:
             return ""
-        if len(key) > MAX_FILE_NAME_BYTES // 4:  # a character has at most 4 bytes
-            longest = max(len(name.encode()) for name in key.split("/"))
-            if longest > MAX_FILE_NAME_BYTES:
-                return ""
+        if len(key) > MAX_FILE_NAME_BYTES // 4 and (  # a character has at most 4 bytes
+            max(len(name.encode()) for name in key.split("/")) > MAX_FILE_NAME_BYTES
+        ):
+            return ""
         return f"{self._root}/{bucket}/{key}"
 
     def _special_path(self, bucket: str, key: str) -> str:
@@ -1787,8 +1696,7 @@ class FileStore:
         return info
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
-        """What _write_record wrote for an open file or a path; {} for one that somebody copied
-        in."""
+        """What _write_record wrote for a file; {} for one that somebody copied in."""
         try:
             return json.loads(os.getxattr(file, self.XATTR).decode())
         except (AttributeError, OSError):
@@ -1997,8 +1905,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[int, str]]:
-        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was
-        renamed."""
+        """A new file in .tmp, open for writing, and its path. Without a rename, it goes again."""
         path = f"{self._temp_prefix}-{next(self._temp_count)}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -2015,7 +1922,7 @@ class FileStore:
         copied = 0
         try:
             while copied < size:
-                count = os.copy_file_range(content.fileno(), file, min(size - copied, GiB), copied)
+                count = os.copy_file_range(content.file, file, min(size - copied, GiB), copied)
                 if count == 0:
                     raise S3Error("InternalError", "The source was cut short while it was copied.")
                 copied += count
@@ -2028,8 +1935,7 @@ class FileStore:
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: the one place where objects
-        appear."""
+        """Make a finished temporary file the object `info.key`. Only here do objects appear."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
@@ -2038,15 +1944,20 @@ class FileStore:
                 condition.check(self._current(bucket, info.key))
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
-            if literal and self._rename(temp, literal, bucket, info.key):
+            if literal and self._rename(temp, literal, self._bucket_path(bucket), bucket, info.key):
                 self._remove(special, bucket, info.key)
-            else:
-                self._rename_special(temp, special, bucket, info.key)
+                return info
+            # The bucket's own folder may stay empty by this, so its lock is what keeps
+            # delete_bucket from removing it meanwhile.
+            with self._bucket_locks.hold(bucket):
+                self._require_bucket(bucket)
+                if not self._rename(temp, special, self._root, bucket, info.key):
+                    raise FileExistsError(special)  # by no key of ours
         return info
 
-    def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
-        """Rename into a literal path, making its directories. False when the path is taken: it is a
-        directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
+    def _rename(self, temp: str, path: str, top: str, bucket: str, key: str) -> bool:
+        """Rename to a path, making its directories below `top`. False when the path is taken: it is
+        a directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
         replaced = None
         while True:
             try:
@@ -2055,7 +1966,8 @@ class FileStore:
                 os.rename(temp, path)
                 break
             except FileNotFoundError:
-                if not self._make_folders(os.path.dirname(path), bucket):
+                self._require_bucket(bucket)
+                if not self._make_folders(os.path.dirname(path), top):
                     return False
             except (IsADirectoryError, NotADirectoryError):
                 return False
@@ -2064,12 +1976,9 @@ class FileStore:
         self._sync_folder(os.path.dirname(path))
         return True
 
-    def _make_folders(self, folder: str, bucket: str) -> bool:
-        """Make a folder and those above it, below the bucket's. Someone who deletes the last object
-        beside may remove them again, so the caller tries until it succeeds. False: a file is in the
-        way."""
-        self._require_bucket(bucket)
-        top = self._bucket_path(bucket)
+    def _make_folders(self, folder: str, top: str) -> bool:
+        """Make a folder and those above it, below `top`. Someone who deletes the last object beside
+        may remove them again: the caller tries until it succeeds. False: a file is in the way."""
         for name in filter(None, folder[len(top) :].split("/")):
             top = f"{top}/{name}"
             try:
@@ -2082,25 +1991,6 @@ class FileStore:
             except FileNotFoundError:
                 return True  # removed again
         return True
-
-    def _rename_special(self, temp: str, path: str, bucket: str, key: str) -> None:
-        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what
-        keeps delete_bucket from removing it meanwhile."""
-        with self._bucket_locks.hold(bucket):
-            self._require_bucket(bucket)
-            replaced = None
-            with contextlib.suppress(FileNotFoundError):  # nothing to replace
-                replaced = os.stat(path)
-            while True:
-                try:
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    os.rename(temp, path)
-                    break
-                except FileNotFoundError:
-                    continue  # a delete beside removed the folder, which was empty
-            if replaced is not None:
-                self._remove_side(bucket, key, replaced)
-            self._sync_folder(os.path.dirname(path))
 
     def _sync_folder(self, folder: str) -> None:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
@@ -2160,14 +2050,6 @@ def remove_empty_folders(folder: str) -> None:
         os.rmdir(path)
 
 
-def remove_files(folder: str) -> None:
-    """Remove a folder of files and folders."""
-    for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            os.unlink(f"{path}/{name}")
-        os.rmdir(path)
-
-
 # ===== 8 Multipart =====
 # An upload is objects of the bucket UPLOADS: BUCKET/ID/00000 is the upload itself, whose headers
 # say what the finished object shall be, and BUCKET/ID/00001 to BUCKET/ID/10000 are its parts.
@@ -2203,18 +2085,11 @@ class Upload(NamedTuple):
 
 def start_upload(store: Store, upload: Upload) -> None:
     """Record a new upload."""
-    described = {
-        "zs3-key": upload.key,
-        "zs3-algorithm": upload.algorithm,
+    headers = upload.headers | {
+        "zs3-key": upload.key, "zs3-algorithm": upload.algorithm,
         "zs3-checksum-type": upload.checksum_type,
     }
-    empty = Body(io.BytesIO(), 0)
-    store.put_object(UPLOADS, upload.part_key(0), empty, upload.headers | described, NO_CONDITION)
-
-
-def new_upload_id() -> str:
-    """32 hex digits, in the order of time."""
-    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
+    store.put_object(UPLOADS, upload.part_key(0), Body(io.BytesIO(), 0), headers, NO_CONDITION)
 
 
 def upload_from_info(info: ObjectInfo) -> Upload:
@@ -2226,12 +2101,13 @@ def upload_from_info(info: ObjectInfo) -> Upload:
     return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
 
 
-def find_upload(store: Store, bucket: str, key: str, upload_id: str) -> Upload:
-    """NoSuchUpload unless the upload is in progress for this key."""
+def requested_upload(store: Store, request: Request) -> Upload:
+    """The upload of its bucket and key that a request names; NoSuchUpload."""
+    bucket, upload_id = request.bucket, request.query["uploadId"]
     try:
         if re.fullmatch("[0-9a-f]{32}", upload_id):
             upload = upload_from_info(store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000"))
-            if upload.key == key:
+            if upload.key == request.key:
                 return upload
     except S3Error as error:
         if error.code != "NoSuchKey":
@@ -2243,14 +2119,11 @@ def find_upload(store: Store, bucket: str, key: str, upload_id: str) -> Upload:
 def list_uploads(store: Store, bucket: str) -> list[Upload]:
     """Every upload in progress in a bucket, by key and then by time of initiation."""
     found = []
-    start: str | None = f"{bucket}/"
-    while start is not None:
-        info = next(store.scan(UPLOADS, f"{bucket}/", start, ""), None)
-        if info is None:
-            break
+    start = prefix = f"{bucket}/"
+    while info := next(store.scan(UPLOADS, prefix, start, ""), None):
         if info.key.endswith("/00000"):
             found.append(upload_from_info(info))
-        start = successor(info.key[: -len("00000")])
+        start = info.key[:-6] + "0"  # follows "/", so it is above every part of this upload
     return sorted(found, key=lambda upload: (upload.key, upload.id))
 
 
@@ -2309,7 +2182,7 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
 
 def multipart_etag(etags: Iterable[str]) -> str:
     """The MD5 of the parts' MD5s, a dash and their number."""
-    digest, count = md5_digest(), 0
+    digest, count = DIGESTS["MD5"](), 0
     for etag in etags:
         digest.update(bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode())
         count += 1
@@ -2359,16 +2232,11 @@ def finish_upload(
 ) -> ObjectInfo:
     """Make the object of these parts, then discard the upload."""
     kept = (PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts)
+    size, etag = sum(part.size for part in parts), multipart_etag(part.etag for part in parts)
+    checksums = combine_checksums(upload, parts)
     described = ObjectInfo(
-        key=upload.key,
-        size=sum(part.size for part in parts),
-        etag=multipart_etag(part.etag for part in parts),
-        modified=0.0,  # the store says when
-        headers=upload.headers,
-        checksums=combine_checksums(upload, parts),
-        checksum_type=upload.checksum_type,
-        parts=tuple(kept),
-        upload_id=upload.id,
+        upload.key, size, etag, 0.0, upload.headers, checksums, upload.checksum_type, tuple(kept),
+        upload.id,
     )
     info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
     discard_upload(store, upload)
@@ -2970,7 +2838,7 @@ def copy_object(store: Store, request: Request) -> Response:
         wanted, condition = copied_info(request, source), write_condition(request)
         if algorithm and algorithm not in source.checksums:
             body = Body(ContentReader(content, 0, source.size), source.size, source.size)
-            body.compute(algorithm)
+            body.wanted.add(algorithm)
             info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
         else:
             info = store.copy_object(wanted, content, request.bucket, request.key, condition)
@@ -2997,7 +2865,8 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     if kind not in kinds:
         raise S3Error("InvalidRequest", f"The type {kind} does not go with {algorithm or 'none'}.")
     headers = stored_headers(request.headers)
-    upload = Upload(new_upload_id(), request.bucket, request.key, 0.0, algorithm, kind, headers)
+    upload_id = f"{time.time_ns():016x}{secrets.token_hex(8)}"  # in the order of time
+    upload = Upload(upload_id, request.bucket, request.key, 0.0, algorithm, kind, headers)
     start_upload(store, upload)
     names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload.id}
     response = document("InitiateMultipartUploadResult", **names)
@@ -3005,11 +2874,6 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
         response.headers["x-amz-checksum-algorithm"] = algorithm
         response.headers["x-amz-checksum-type"] = kind
     return response
-
-
-def requested_upload(store: Store, request: Request) -> Upload:
-    """The upload that a request names: NoSuchUpload."""
-    return find_upload(store, request.bucket, request.key, request.query["uploadId"])
 
 
 def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
@@ -3023,12 +2887,12 @@ def upload_part(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId."""
     check_upload(request)
     upload, key = requested_part(store, request)
-    given = request.body.computed() - {upload.algorithm}
+    given = CHECKSUMS.keys() & request.body.wanted - {upload.algorithm}
     if upload.algorithm and given:
         expected = f"expected checksum Type: {upload.algorithm}, actual: {', '.join(given)}"
         raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
     if upload.algorithm:
-        request.body.compute(upload.algorithm)
+        request.body.wanted.add(upload.algorithm)
     info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
     info = replace(info, checksum_type="")  # that is for whole objects
     return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
@@ -3043,7 +2907,7 @@ def upload_part_copy(store: Store, request: Request) -> Response:
         start, length = copied_range(request, source)
         body = Body(ContentReader(content, start, length), length)
         if upload.algorithm:
-            body.compute(upload.algorithm)
+            body.wanted.add(upload.algorithm)
         info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
     return copy_result("CopyPartResult", replace(info, checksum_type=""))
 
@@ -3289,10 +3153,11 @@ def check_permission(request: Request, permission: str) -> None:
         raise S3Error("AccessDenied")
 
 
+HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
+
+
 class Service:
     """Answers requests: everything between a parsed head and a Response."""
-
-    HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
@@ -3319,7 +3184,7 @@ class Service:
         request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
         if request.method == "OPTIONS":
             return preflight(request)
-        if request.path in self.HEALTH_PATHS and request.method in ("GET", "HEAD"):
+        if request.path in HEALTH_PATHS and request.method in ("GET", "HEAD"):
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
@@ -3362,18 +3227,14 @@ def cors_headers(request: Request) -> dict[str, str]:
 
 
 def preflight(request: Request) -> Response:
-    """OPTIONS: a browser asks, unsigned, whether a page may send a request. AccessForbidden if
-    not."""
+    """OPTIONS: a browser asks, unsigned, whether a page may send a request; AccessForbidden."""
     if not cors_headers(request) or "access-control-request-method" not in request.headers:
         raise S3Error("AccessForbidden")
-    return Response(
-        200,
-        {
-            "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
-            "Access-Control-Allow-Headers": request.header("access-control-request-headers") or "*",
-            "Access-Control-Max-Age": "3600",
-        },
-    )
+    return Response(200, {
+        "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
+        "Access-Control-Allow-Headers": request.header("access-control-request-headers") or "*",
+        "Access-Control-Max-Age": "3600",
+    })
 
 
 # ===== 11 HTTP server =====
@@ -3434,48 +3295,37 @@ def write_line(text: str) -> None:
         os.write(2, text.encode("ascii", "replace") + b"\n")
 
 
-class AccessLog:
-    """One line a request on standard error: the combined format of web servers with seconds and
-    request id behind it, or JSON."""
-
-    def __init__(self, style: str) -> None:
-        self._write = {"text": self._text, "json": self._json, "": self._nothing}[style]
-
-    def __call__(self, request: Request, status: int, length: int, seconds: float) -> None:
-        """Write the line. `length` is that of the body sent, in bytes."""
-        self._write(request, status, length, seconds)
-
-    def _nothing(self, request: Request, status: int, length: int, seconds: float) -> None:
-        """--quiet."""
-
-    def _text(self, request: Request, status: int, length: int, seconds: float) -> None:
-        now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
-        who = request.credential.access if request.credential else "-"
-        agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
-        line = f"{request.method} {logged_target(request)} {request.version}"
-        told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
-        write_line(f"{request.client} - {who} [{now}] {told}")
-
-    def _json(self, request: Request, status: int, length: int, seconds: float) -> None:
-        entry = {
-            "time": iso_date(time.time()),
-            "client": request.client,
-            "access_key": request.credential.access if request.credential else None,
-            "method": request.method,
-            "target": logged_target(request),
-            "status": status,
-            "bytes": length,
-            "seconds": round(seconds, 6),
-            "agent": request.header("user-agent"),
-            "request_id": request.id,
-        }
-        write_line(json.dumps(entry))
-
-
 def logged_target(request: Request) -> str:
     """Path and query without the signature of a presigned URL, which is as good as a password."""
     query = re.sub(r"(X-Amz-Signature=)[^&]*", r"\1...", request.raw_query)
     return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
+
+
+def log_text(request: Request, status: int, length: int, seconds: float) -> str:
+    """The combined format of web servers, with seconds and request id behind it."""
+    now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    who = request.credential.access if request.credential else "-"
+    agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
+    line = f"{request.method} {logged_target(request)} {request.version}"
+    told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
+    return f"{request.client} - {who} [{now}] {told}"
+
+
+def log_json(request: Request, status: int, length: int, seconds: float) -> str:
+    """The same as JSON."""
+    entry = {
+        "time": iso_date(time.time()), "client": request.client,
+        "access_key": request.credential.access if request.credential else None,
+        "method": request.method, "target": logged_target(request), "status": status,
+        "bytes": length, "seconds": round(seconds, 6), "agent": request.header("user-agent"),
+        "request_id": request.id,
+    }
+    return json.dumps(entry)
+
+
+# --log-format -> the line that a request leaves on standard error, from status, bytes and seconds.
+LogFormat = Callable[[Request, int, int, float], str]
+LOG_FORMATS: dict[str, LogFormat] = {"text": log_text, "json": log_json}
 
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
@@ -3552,7 +3402,9 @@ class Handler(BaseHTTPRequestHandler):
         if "expect" in headers and version == "HTTP/1.1":
             if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
-            proceed = self._send_continue
+            proceed = functools.partial(
+                self.connection.sendall, b"HTTP/1.1 100 Continue\r\n\r\n"
+            )
         wire = WireBody(self.wire, length, proceed)
         return self._request(method, path, raw_query, version, headers, wire)
 
@@ -3564,9 +3416,6 @@ class Handler(BaseHTTPRequestHandler):
             method, path, raw_query, headers, self.server.service.settings, version,
             self.client_address[0], self.server.new_id(), wire=wire,
         )
-
-    def _send_continue(self) -> None:
-        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _respond(self, request: Request) -> Response:
         try:
@@ -3580,20 +3429,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _finish(self, request: Request, response: Response, began: float) -> bool:
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
-        keep = request.wire.ended and not (request.wire.failed or request.wire.waits)
-        asked = request.header("connection").lower()
-        old = request.version == "HTTP/1.0"
-        keep = keep and (asked == "keep-alive" if old else "close" not in asked)
-        keep = keep and not self.server.stopping
-        length = 0
+        asked, length = request.header("connection").lower(), 0
+        keep = (
+            request.wire.ended and not (request.wire.failed or request.wire.proceed)
+            and (asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked)
+            and not self.server.stopping
+        )
         try:
             length = self._send(request, response, keep)
         finally:
             if isinstance(response.body, Stream):
                 response.body.content.close()
-            if not request.path.startswith("/_zs3/") or request.path in Service.HEALTH_PATHS:
-                self.server.log(request, response.status, length, time.monotonic() - began)
-        if not request.wire.ended and not request.wire.waits:
+            of_peer = request.path.startswith("/_zs3/") and request.path not in HEALTH_PATHS
+            if self.server.log and not of_peer:
+                seconds = time.monotonic() - began
+                write_line(self.server.log(request, response.status, length, seconds))
+        if not request.wire.ended and not request.wire.proceed:
             self._linger()
         return keep
 
@@ -3611,36 +3462,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
-        content, start, length = body
-        if isinstance(content, FileContent) and length > SMALL_BYTES and hasattr(os, "sendfile"):
-            self.connection.sendall(head, socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0)
-            sent = self._send_file(content, start, length)
+        content, start, left = body
+        if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
+            self.connection.sendall(head, getattr(socket, "MSG_MORE", 0))
+            out, file = self.connection.fileno(), content.file
+            while left and (count := os.sendfile(out, file, start, min(left, GiB))):
+                start += count
+                left -= count
         else:
-            sent = 0
-            for data in content.chunks(start, length):
+            for data in content.chunks(start, left):
                 self.connection.sendall(head + data if head else data)
                 head = b""
-                sent += len(data)
+                left -= len(data)
             if head:
                 self.connection.sendall(head)
-        if sent != length:
+        if left:
             LOG.warning("an object was cut short while it was sent")
             raise ConnectionError  # all that is left to say so
 
-    def _send_file(self, content: FileContent, start: int, length: int) -> int:
-        """Have the kernel send a range of a file; the number of bytes, fewer if it is cut short."""
-        sent = 0
-        while sent < length:
-            left = min(length - sent, GiB)
-            count = os.sendfile(self.connection.fileno(), content.fileno(), start + sent, left)
-            if not count:
-                break
-            sent += count
-        return sent
-
     def _linger(self) -> None:
-        """Read on for a while what a client is still sending, so that it reads our answer rather
-        than that the connection was reset. (RFC 9112, 9.6)"""
+        """Read on for a while what a client is still sending, lest it see a reset connection and
+        not our answer. (RFC 9112, 9.6)"""
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
         with contextlib.suppress(OSError):  # the client has gone, or does not stop
@@ -3652,12 +3494,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections on a listening socket, which processes may share, and gives each a
-    thread."""
+    """Gives each connection to a listening socket, which processes may share, a thread."""
 
     daemon_threads = True
 
-    def __init__(self, listener: socket.socket, service: Service, log: AccessLog) -> None:
+    def __init__(
+        self, listener: socket.socket, service: Service, log: LogFormat | None
+    ) -> None:
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -3723,15 +3566,9 @@ class Server(ThreadingHTTPServer):
             self._idle.wait_for(lambda: not self._under_way, SHUTDOWN_SECONDS)
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. `port` 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
-
-
 # ===== 12 Command line =====
 
-DEFAULT_CREDENTIAL = ("minioadmin", "minioadmin")
+DEFAULT_SECRET = "minioadmin"
 EPILOG = """\
 Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by
 ZS3_QUIET=1. MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are the admin's keys where there is no --acl.
@@ -3757,11 +3594,9 @@ def parse_names(text: str) -> list[str]:
 
 def parse_buckets(text: str) -> list[str]:
     """Bucket names separated by commas."""
-    names = parse_names(text)
-    for name in names:
-        if not is_bucket_name(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is no bucket name")
-    return names
+    if wrong := [name for name in parse_names(text) if not is_bucket_name(name)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no bucket name")
+    return parse_names(text)
 
 
 def parse_acl(text: str) -> list[Credential]:
@@ -3779,11 +3614,11 @@ def parse_acl(text: str) -> list[Credential]:
     return credentials
 
 
-def parse_log_format(text: str) -> str:
-    """text or json."""
-    if text not in ("text", "json"):
+def parse_log_format(text: str) -> LogFormat:
+    """A row of LOG_FORMATS."""
+    if text not in LOG_FORMATS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
-    return text
+    return LOG_FORMATS[text]
 
 
 def bounded(low: int, high: int) -> Callable[[str], int]:
@@ -3798,8 +3633,7 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
 
 
 class Option(NamedTuple):
-    """A row of the command line. A `kind` of bool is a switch; any other parses the value's
-    text."""
+    """A row of the command line. A `kind` of bool is a switch; any other parses the text."""
 
     group: str
     name: str
@@ -3852,11 +3686,8 @@ OPTIONS = (
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, and the environment for what is not there."""
     parser = argparse.ArgumentParser(
-        prog="zs3",
-        description="S3-compatible object storage on plain files.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="zs3", description="S3-compatible object storage on plain files.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"zs3 {VERSION}")
     groups = {title: parser.add_argument_group(title) for title in (SERVER, CLUSTER)}
@@ -3883,15 +3714,15 @@ def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
     """By access key: from --acl, from MinIO's variables, or the default."""
     credentials = args.acl
     if not credentials:
-        access = os.environ.get("MINIO_ROOT_USER") or DEFAULT_CREDENTIAL[0]
-        secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_CREDENTIAL[1]
+        access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
+        secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
         credentials = [Credential("admin", access, secret)]
     return {each.access: each for each in credentials}
 
 
 def well_known(credentials: Mapping[str, Credential]) -> bool:
     """Whether anyone could know a secret, since it is the default one."""
-    return any(each.secret == DEFAULT_CREDENTIAL[1] for each in credentials.values())
+    return any(each.secret == DEFAULT_SECRET for each in credentials.values())
 
 
 def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
@@ -3951,14 +3782,11 @@ def serve(
     """Serve until SIGTERM or SIGINT, and finish what is under way."""
     store = open_store(args, credentials)
     settings = Settings(
-        credentials=credentials,
-        public_read=frozenset(args.public_read),
-        cors_origins=tuple(args.cors_origin),
-        domain=args.domain,
-        min_part_bytes=args.min_part_size,
+        credentials, frozenset(args.public_read), tuple(args.cors_origin), args.domain,
+        args.min_part_size,
     )
     service = Service(store, settings)
-    server = Server(listener, service, AccessLog("" if args.quiet else args.log_format))
+    server = Server(listener, service, None if args.quiet else args.log_format)
     store.start()
     threading.Thread(target=prepare, args=(args, service), name="prepare", daemon=True).start()
     handle_signals(server.stop)
@@ -4023,12 +3851,6 @@ def serve_workers(
     return 0
 
 
-def release_memory() -> None:
-    """Give back what compiling this module took, about 5 MB, where the C library is able to."""
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; the exit status."""
     args = parse_arguments(argv)
@@ -4038,14 +3860,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     credentials = choose_credentials(args)
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(512 * KiB)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = open_listener(host, args.port)
+        listener = socket.create_server((host, args.port), family=family, backlog=1024)
     except OSError as error:
         print(f"zs3: cannot listen on {host}:{args.port}: {error.strerror}", file=sys.stderr)
         return 1
     args.host, args.port = listener.getsockname()[:2]
     args.data_dir = os.path.abspath(args.data_dir)
-    release_memory()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling this module took, about 5 MB
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is something to stop
     print_banner(args, credentials)
     run = serve_workers if args.workers > 1 else serve
