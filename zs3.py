@@ -214,7 +214,7 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(r"/[\x21-\x7e]*")
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
-S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
 
@@ -225,8 +225,7 @@ def uri_encode(text: str, safe: str = "") -> str:
 
 
 def uri_decode(text: str) -> str:
-    """Undo percent-encoding, once. `text` is latin-1, the result UTF-8. InvalidURI when it cannot
-    be."""
+    """Undo percent-encoding, once: latin-1 text to UTF-8. InvalidURI when it cannot be."""
     if "%" not in text and text.isascii():
         return text
     if PERCENT.search(text):
@@ -280,8 +279,7 @@ class Xml(str):
 
 
 def escape(text: str) -> str:
-    """Text as it may stand in XML. What XML cannot carry becomes a character reference, as in
-    S3."""
+    """Text for XML. What XML cannot carry becomes a character reference, as in S3."""
     if "&" in text or "<" in text or ">" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     if text.isprintable():
@@ -302,9 +300,7 @@ def xml(**fields: object) -> Xml:
     return Xml(text)
 
 
-def xml_document(
-    root: str, *children: Xml, namespace: str = f' xmlns="{S3_NAMESPACE}"'
-) -> bytes:
+def xml_document(root: str, *children: Xml, namespace: str = S3_NAMESPACE) -> bytes:
     """A whole document as UTF-8."""
     start = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}>'
     return f"{start}{''.join(children)}</{root}>".encode()
@@ -662,8 +658,7 @@ def authorization_from_query(query: Mapping[str, str]) -> Authorization:
 
 
 def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
-    """Access key, date and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; else
-    S3Error(code)."""
+    """Access key, date, region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
     pieces = text.rsplit("/", 4)
     if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
         raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
@@ -684,8 +679,7 @@ def parse_amz_date(amz_date: str) -> float | None:
 
 
 def check_date(auth: Authorization, now: float) -> None:
-    """A header's date is within 15 minutes of `now`; a presigned URL has begun and has not
-    expired."""
+    """A header's date is 15 minutes from `now` at most; a presigned URL has begun, not expired."""
     signed = parse_amz_date(auth.amz_date)
     if signed is None:
         raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
@@ -698,10 +692,8 @@ def check_date(auth: Authorization, now: float) -> None:
     elif now < signed - MAX_SKEW_SECONDS:
         raise S3Error("AccessDenied", "Request is not valid yet", ServerTime=iso_date(now))
     elif now > signed + auth.expires:
-        expired = iso_date(signed + auth.expires)
-        raise S3Error(
-            "AccessDenied", "Request has expired", Expires=expired, ServerTime=iso_date(now)
-        )
+        dates = {"Expires": iso_date(signed + auth.expires), "ServerTime": iso_date(now)}
+        raise S3Error("AccessDenied", "Request has expired", **dates)
 
 
 def check_signed_headers(request: Request, auth: Authorization) -> None:
@@ -751,8 +743,7 @@ def authenticate(
 
 
 def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
-    """SignatureDoesNotMatch, with all that is needed to find out why, unless the signature
-    holds."""
+    """SignatureDoesNotMatch, with all it takes to find out why, unless the signature holds."""
     payload = payload_hash(request, auth)
     texts = []
     given = request.header("host")
@@ -765,13 +756,9 @@ def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
             return
     canonical, text = texts[0]
     raise S3Error(
-        "SignatureDoesNotMatch",
-        AWSAccessKeyId=auth.access,
-        StringToSign=text,
-        SignatureProvided=auth.signature,
-        StringToSignBytes=text.encode().hex(" "),
-        CanonicalRequest=canonical,
-        CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
+        "SignatureDoesNotMatch", AWSAccessKeyId=auth.access, StringToSign=text,
+        SignatureProvided=auth.signature, StringToSignBytes=text.encode().hex(" "),
+        CanonicalRequest=canonical, CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
     )
 
 
@@ -852,32 +839,19 @@ def parse_chunk_size(line: bytes) -> int:
     return int(digits, 16)
 
 
-class ChunkSigner:
-    """The chain of chunk signatures: each covers the one before it.
-    (S3 API reference, "Signature Calculations ... Transferring Payload in Multiple Chunks")"""
-
-    def __init__(self, auth: Authorization, key: bytes) -> None:
-        self._auth, self._key = auth, key
-        self._previous = auth.signature
-
-    def check(self, kind: str, middle: str, digest: str, given: str) -> None:
-        """`kind` is PAYLOAD or TRAILER; `middle` stands before the digest where the kind has it."""
-        claim = f"{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}"
-        text = f"{ALGORITHM}-{kind}\n{claim}\n{middle}{digest}"
-        expected = signature(self._key, text)
-        if not hmac.compare_digest(expected.encode(), given.encode()):
-            raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
-        self._previous = expected
-
-
 class AwsChunks:
     """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0
-    the trailers as `name:value` lines. With a signer, each chunk's signature is checked."""
+    the trailers as `name:value` lines. `trailer` is what x-amz-trailer announced. With `auth` and
+    its signing key, chunks and trailers must be signed. (S3 API reference, "Signature Calculations
+    ... Transferring Payload in Multiple Chunks")"""
 
-    def __init__(self, source: io.RawIOBase, signer: ChunkSigner | None, trailer: str) -> None:
+    def __init__(
+        self, source: io.RawIOBase, trailer: str, auth: Authorization | None, key: bytes
+    ) -> None:
         self._source = io.BufferedReader(source, SMALL_BYTES)
-        self._signer = signer
-        self._expected = trailer.strip().lower()  # the name x-amz-trailer announced, or ""
+        self._expected = trailer.strip().lower()
+        self._auth, self._key = auth, key
+        self._previous = auth.signature if auth else ""  # each signature covers the one before it
         self._left = 0  # of the current chunk
         self._digest = hashlib.sha256()
         self._given = ""
@@ -893,7 +867,7 @@ class AwsChunks:
         if not got:
             raise S3Error("IncompleteBody")
         self._left -= got
-        if self._signer is not None:
+        if self._auth is not None:
             self._digest.update(view[:got])
         if self._left == 0:
             if self._source.read(2) != b"\r\n":
@@ -905,7 +879,7 @@ class AwsChunks:
         line = self._source.readline(MAX_CHUNK_LINE_BYTES)
         self._left = parse_chunk_size(line)
         name, _, given = line[:-2].partition(b";")[2].partition(b"=")
-        if self._signer is not None and name != b"chunk-signature":
+        if self._auth is not None and name != b"chunk-signature":
             raise S3Error("InvalidChunkSizeError", "A chunk has no signature.")
         self._given = given.decode("latin-1")
         if self._left:
@@ -916,10 +890,17 @@ class AwsChunks:
         return False
 
     def _check_chunk(self) -> None:
-        if self._signer is not None:
-            digest = self._digest.hexdigest()
-            self._signer.check("PAYLOAD", EMPTY_SHA256 + "\n", digest, self._given)
+        if self._auth is not None:
+            digest = f"{EMPTY_SHA256}\n{self._digest.hexdigest()}"
+            self._check_signature(self._auth, "PAYLOAD", digest, self._given)
             self._digest = hashlib.sha256()
+
+    def _check_signature(self, auth: Authorization, kind: str, digest: str, given: str) -> None:
+        claim = f"{auth.amz_date}\n{auth.scope}\n{self._previous}"
+        text = f"{ALGORITHM}-{kind}\n{claim}\n{digest}"
+        self._previous = signature(self._key, text)
+        if not hmac.compare_digest(self._previous.encode(), given.encode()):
+            raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
 
     def _read_trailers(self) -> None:
         """What is left of the body: the announced trailer and its signature, and nothing else."""
@@ -933,9 +914,10 @@ class AwsChunks:
         proof = self.trailers.pop("x-amz-trailer-signature", "")
         if self.trailers.keys() - {self._expected} or (self._expected and not self.trailers):
             raise S3Error("MalformedTrailerError")
-        if self._signer is not None and self._expected:
+        if self._auth is not None and self._expected:
             lines = "".join(f"{name}:{value}\n" for name, value in self.trailers.items())
-            self._signer.check("TRAILER", "", sha256_hex(lines.encode("latin-1")), proof)
+            digest = sha256_hex(lines.encode("latin-1"))
+            self._check_signature(self._auth, "TRAILER", digest, proof)
 
 
 class Crc:
@@ -1251,20 +1233,21 @@ def expect_checksums(request: Request) -> None:
 
 
 def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
-    """A body in aws-chunked encoding, as x-amz-content-sha256 tells: minio-go sends no
-    Content-Encoding."""
-    signer = None
-    if payload != UNSIGNED_TRAILER:
-        if auth is None:
-            raise S3Error("AccessDenied", "Signed chunks need a signed request.")
-        key = request.settings.credentials[auth.access].secret
-        signer = ChunkSigner(auth, signing_key(key, auth.date, auth.region))
+    """A body in aws-chunked, told by x-amz-content-sha256: minio-go sends no Content-Encoding."""
+    key = b""
+    if payload == UNSIGNED_TRAILER:
+        auth = None
+    elif auth is None:
+        raise S3Error("AccessDenied", "Signed chunks need a signed request.")
+    else:
+        secret = request.settings.credentials[auth.access].secret
+        key = signing_key(secret, auth.date, auth.region)
     declared = request.header("x-amz-decoded-content-length")
     if not declared:
         raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
     size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
     trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
-    return Body(AwsChunks(request.wire, signer, trailer), size)
+    return Body(AwsChunks(request.wire, trailer, auth, key), size)
 
 
 # ===== 7 Storage =====
@@ -1353,9 +1336,8 @@ NO_CONDITION = Condition()
 
 
 class Store(Protocol):
-    """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
-    UPLOADS is always there and never listed. A method that changes something has done so when it
-    returns."""
+    """Where objects are. The caller validated all names; all errors are S3Error. The bucket UPLOADS
+    is always there and never listed. What a method changes is changed when it returns."""
 
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
@@ -1401,9 +1383,8 @@ class Store(Protocol):
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for
-        key and modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket;
-        Condition.check's."""
+        """Store the objects `parts` of UPLOADS in a row, described by `info` but for key and
+        modified. InvalidPart when one has another ETag; NoSuchBucket; Condition.check's."""
 
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
@@ -1456,8 +1437,7 @@ def unspell(path: str) -> str:
 
 class FileLocks:
     """Locks by name that hold across threads and across the processes that share a folder. They
-    guard the decision what an object is: the check of a condition, the rename, and what goes with
-    it."""
+    guard the decision what an object is: the check of a condition, the rename and what follows."""
 
     def __init__(self, folder: str, kind: str, stripes: int) -> None:
         self._path = f"{folder}/{kind}"
@@ -1525,13 +1505,15 @@ def read_names(path: str) -> Iterator[str]:
     """The names in a directory that can be part of a key: files, and directories with a "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
-            if NOT_UTF8.search(entry.name):
+            if not entry.name.isascii() and NOT_UTF8.search(entry.name):
                 continue  # no key can say it
-            with contextlib.suppress(OSError):  # a symbolic link that leads nowhere
+            try:
                 if entry.is_dir():
                     yield entry.name + "/"
                 elif entry.is_file():
                     yield entry.name
+            except OSError:
+                continue  # a symbolic link that leads nowhere
 
 
 def file_status(path: str) -> os.stat_result:
@@ -1548,7 +1530,7 @@ def file_status(path: str) -> os.stat_result:
 
 
 def record_holds(record: Any, status: os.stat_result) -> bool:
-    """Whether a file is still the one that its record describes."""
+    """Whether a file still is what its record describes."""
     is_that = record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size
     return bool(is_that)
 
@@ -1707,9 +1689,8 @@ class FileStore:
                 return {}
 
     def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
-        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited
-        it: its ETag is then made of its size and mtime, with a dash, lest a client take it for an
-        MD5."""
+        """The ObjectInfo of a file. One that its record does not fit was edited by somebody: its
+        ETag is made of size and mtime, with a dash, lest a client take it for an MD5."""
         modified = status.st_mtime_ns / 1e9
         if record_holds(record, status):
             return ObjectInfo.from_record(key, record | {"modified": modified})
@@ -1775,13 +1756,10 @@ class FileStore:
         start = max(start, prefix)
         folder = f"{self._root}/.keys/{bucket}/"
         spelled = self._walk(folder, "", spell(prefix), spell(start), False)
-        special = ((unspell(name), 1, path) for name, _, path in spelled)
+        special = ((unspell(name), path) for name, path in spelled)
         literal = self._walk(self._bucket_path(bucket) + "/", "", prefix, start, delimiter == "/")
-        return self._stat_all(bucket, heapq.merge(literal, special))
-
-    def _stat_all(self, bucket: str, found: Iterable[tuple[str, int, str]]) -> Iterator[ObjectInfo]:
         last = None
-        for key, _, path in found:
+        for key, path in heapq.merge(literal, special, key=lambda found: found[0]):
             if key == last or (len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES):
                 continue  # hidden by its literal path; or a file copied in too deep for a key
             info = self._stat(path, bucket, key)
@@ -1791,9 +1769,9 @@ class FileStore:
 
     def _walk(
         self, folder: str, base: str, prefix: str, start: str, grouped: bool
-    ) -> Iterator[tuple[str, int, str]]:
-        """(key, 0, path) of the files at or below `folder`, whose keys begin with `base`, as scan
-        wants them. `folder` ends with "/"."""
+    ) -> Iterator[tuple[str, str]]:
+        """Key and path of files below `folder`, which ends with "/", as scan wants them. Their keys
+        begin with `base`."""
         names = self._directories.names(folder)
         inside = start[len(base) :] if start.startswith(base) else ""
         head, slash, _ = inside.partition("/")
@@ -1805,22 +1783,20 @@ class FileStore:
                     return
             elif not name.endswith("/"):
                 if key.startswith(prefix):
-                    yield key, 0, folder + name
+                    yield key, folder + name
             elif grouped and len(key) > len(prefix) and not inside.startswith(name):
                 yield from itertools.islice(self._any_file(folder + name, key), 1)
             else:
                 yield from self._walk(folder + name, key, prefix, start, grouped)
 
-    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, int, str]]:
+    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, str]]:
         """Files at or below a folder, in no order, without reading more of it than asked for."""
-        try:
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             for name in read_names(folder):
                 if name.endswith("/"):
                     yield from self._any_file(folder + name, base + name)
                 else:
-                    yield base + name, 0, folder + name
-        except FileNotFoundError:
-            return  # removed meanwhile
+                    yield base + name, folder + name
 
     # --- Writing ---
 
@@ -2067,8 +2043,7 @@ CHECKSUM_TYPES = {
 
 class Upload(NamedTuple):
     """A multipart upload in progress. `initiated` is in seconds since the epoch; `algorithm` and
-    `checksum_type` are "" when no checksum was asked for; `headers` are those of the object to
-    be."""
+    `checksum_type` are "" when no checksum was asked for; `headers` are the future object's."""
 
     id: str
     bucket: str
@@ -2143,14 +2118,12 @@ def discard_upload(store: Store, upload: Upload) -> None:
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
     the epoch; also of those whose record is gone. Returns the number of uploads."""
-    by_upload: dict[str, list[ObjectInfo]] = {}
-    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
-        by_upload.setdefault(info.key.split("/")[1], []).append(info)
-    count = 0
-    for found in by_upload.values():
-        if max(info.modified for info in found) < horizon:
+    count, found = 0, list(store.scan(UPLOADS, f"{bucket}/", "", ""))
+    for _, group in itertools.groupby(found, lambda info: info.key.split("/")[1]):
+        infos = list(group)
+        if max(info.modified for info in infos) < horizon:
             count += 1
-            for info in reversed(found):
+            for info in reversed(infos):
                 store.delete_object(UPLOADS, info.key, NO_CONDITION)
     return count
 
@@ -2211,8 +2184,7 @@ def match_parts(
 
 def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, str]:
     """The checksum of the whole from those of its parts: COMPOSITE is the checksum of their
-    checksums with their number behind it, FULL_OBJECT what the algorithm gives for the bytes of all
-    of them."""
+    checksums with their number behind it, FULL_OBJECT the one of all their bytes."""
     if not upload.algorithm:
         return {}
     values = [base64.b64decode(part.checksums[upload.algorithm]) for part in parts]
@@ -2247,7 +2219,6 @@ def finish_upload(
 # Each is operation(store, request) -> Response, named as in the S3 API reference.
 
 OWNER = xml(ID=hashlib.sha256(b"zs3").hexdigest(), DisplayName="zs3")  # of every bucket and object
-DEFAULT_HEADERS = {"content-type": "binary/octet-stream"}
 STORED_HEADERS = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
     "expires",
@@ -2332,16 +2303,15 @@ def list_buckets(store: Store, request: Request) -> Response:
     asked = query.get("max-buckets", str(MAX_PAGE_BUCKETS))
     limit = parse_integer(asked, "max-buckets", 1, MAX_PAGE_BUCKETS)
     prefix, after = query.get("prefix", ""), decode_token(query.get("continuation-token", ""))
-    found = [info for info in store.list_buckets() if info.name.startswith(prefix)]
-    found = [info for info in found if info.name >= after]
+    found = [
+        info for info in store.list_buckets() if info.name.startswith(prefix) and info.name >= after
+    ]
     shown = [
         xml(Name=info.name, CreationDate=iso_date(info.created), BucketRegion=region)
         for info in found[:limit]
     ]
     return document(
-        "ListAllMyBucketsResult",
-        Owner=OWNER,
-        Buckets=xml(Bucket=shown),
+        "ListAllMyBucketsResult", Owner=OWNER, Buckets=xml(Bucket=shown),
         ContinuationToken=encode_token(found[limit].name) if len(found) > limit else None,
         Prefix=prefix or None,
     )
@@ -2403,8 +2373,7 @@ GRANTEE = Xml(
 
 
 def get_configuration(store: Store, request: Request) -> Response:
-    """GET ?location, ?tagging and the like: what S3 says of a bucket or object that has none of
-    it."""
+    """GET ?location, ?tagging and the like: what S3 says of what has none of it."""
     require(store, request)
     table = OBJECT_CONFIGURATIONS if request.key else BUCKET_CONFIGURATIONS
     answer = next(answer for name, answer in table.items() if name in request.query)
@@ -2459,8 +2428,7 @@ def common_prefix(key: str, prefix: str, delimiter: str) -> str:
 
 
 def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
-    """Where a listing begins that continues after `marker`, a key or a common prefix; None at the
-    end."""
+    """Where a listing begins that continues after a key or a common prefix; None at the end."""
     if marker and marker.startswith(prefix) and common_prefix(marker, prefix, delimiter) == marker:
         return successor(marker)
     return marker + "\0" if marker else ""
@@ -2491,8 +2459,7 @@ def list_page(
 
 
 def encode_token(start: str) -> str:
-    """A continuation token: a position in the order of keys, made unreadable so that none rely on
-    it."""
+    """A continuation token: a position in the order of keys, unreadable lest anyone rely on it."""
     return base64.urlsafe_b64encode(start.encode()).decode()
 
 
@@ -2557,15 +2524,14 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     fields = {
         "KeyCount": len(page.contents) + len(page.prefixes),
         "StartAfter": query.show(after) if after else None,
-        "ContinuationToken": token,
-        "NextContinuationToken": following,
+        "ContinuationToken": token, "NextContinuationToken": following,
     }
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
     return listing(request, query, page, fields, owner)
 
 
 def read_page(store: Store, request: Request, query: ListQuery, start: str | None) -> Page:
-    """The page of objects that a request asks for, from `start`."""
+    """The page of objects that a request asks for."""
     store.stat_bucket(request.bucket)
 
     def scan(position: str) -> Iterator[ObjectInfo]:
@@ -2605,8 +2571,7 @@ def put_object(store: Store, request: Request) -> Response:
 
 
 def check_upload(request: Request) -> None:
-    """What PutObject and UploadPart have in common: a length, checksums, nothing that is not
-    here."""
+    """What PutObject and UploadPart need: a length, checksums, nothing that is not here."""
     refuse_headers(request.headers)
     if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
         raise S3Error("MissingContentLength")
@@ -2654,11 +2619,8 @@ def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
     """What GET and HEAD say of an object. `response-*` parameters replace stored headers."""
     headers = {
-        "Last-Modified": http_date(int(info.modified)),
-        "ETag": quoted(info.etag),
-        "Accept-Ranges": "bytes",
-        **DEFAULT_HEADERS,
-        **info.headers,
+        "Last-Modified": http_date(int(info.modified)), "ETag": quoted(info.etag),
+        "Accept-Ranges": "bytes", "content-type": "binary/octet-stream", **info.headers,
     }
     for name in STORED_HEADERS if request.query else ():
         if (value := request.query.get(f"response-{name}")) is not None:
@@ -2687,11 +2649,13 @@ def not_modified(headers: Mapping[str, str], info: ObjectInfo) -> bool:
 
 
 def chosen_range(request: Request, info: ObjectInfo) -> tuple[int, int] | None:
-    """Start and length by Range or partNumber; None for the whole. InvalidRange,
-    InvalidPartNumber."""
+    """Start and length by Range or partNumber, None for all. InvalidRange, InvalidPartNumber."""
     text, number = request.headers.get("range"), request.query.get("partNumber")
     if number is None:
-        return parse_range(text, info.size) if text and range_applies(request, info) else None
+        # A range of another state of the object is of no use. (RFC 9110, 13.1.5)
+        current = quoted(info.etag), http_date(int(info.modified))
+        applies = text and request.headers.get("if-range", current[0]) in current
+        return parse_range(text, info.size) if text and applies else None
     if text is not None:
         raise S3Error("InvalidRequest", "Cannot specify both Range and partNumber.")
     wanted, count = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER), max(len(info.parts), 1)
@@ -2700,12 +2664,6 @@ def chosen_range(request: Request, info: ObjectInfo) -> tuple[int, int] | None:
     if not info.parts:
         return 0, info.size
     return sum(part.size for part in info.parts[: wanted - 1]), info.parts[wanted - 1].size
-
-
-def range_applies(request: Request, info: ObjectInfo) -> bool:
-    """If-Range: a range of another state of the object is of no use (RFC 9110, 13.1.5)."""
-    wanted = request.headers.get("if-range")
-    return wanted in (None, quoted(info.etag), http_date(int(info.modified)))
 
 
 def delete_object(store: Store, request: Request) -> Response:
@@ -2751,11 +2709,9 @@ def get_object_attributes(store: Store, request: Request) -> Response:
     wanted = {name.strip() for name in request.header("x-amz-object-attributes").split(",")}
     info = store.stat_object(request.bucket, request.key)
     parts = object_parts(request, info) if "ObjectParts" in wanted and info.parts else None
+    checksum = xml(**checksum_fields(info)) if info.checksums else None
     attributes = {
-        "ETag": info.etag,
-        "Checksum": xml(**checksum_fields(info)) if info.checksums else None,
-        "ObjectParts": parts,
-        "StorageClass": "STANDARD",
+        "ETag": info.etag, "Checksum": checksum, "ObjectParts": parts, "StorageClass": "STANDARD",
         "ObjectSize": info.size,
     }
     if not wanted <= attributes.keys():
@@ -2801,8 +2757,7 @@ def copy_source(request: Request) -> tuple[str, str]:
 
 
 def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Content]:
-    """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for just what was
-    opened."""
+    """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for it."""
     prefix = "x-amz-copy-source-"
     headers = {k[len(prefix) :]: v for k, v in request.headers.items() if k.startswith(prefix)}
     info, content = store.open_object(*copy_source(request))
@@ -2828,8 +2783,7 @@ def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
 
 
 def copy_object(store: Store, request: Request) -> Response:
-    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum the source has
-    not."""
+    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum it lacks."""
     refuse_headers(request.headers)
     algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
     request.body.read_all(0)
@@ -2992,8 +2946,7 @@ def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectI
 def already_completed(
     store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
 ) -> ObjectInfo:
-    """The object that an earlier Complete of the same upload with the same list made; else
-    `error`."""
+    """The object that an earlier Complete with the same list made; else raises `error`."""
     try:
         info = store.stat_object(request.bucket, request.key)
     except S3Error:
@@ -3351,9 +3304,8 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. Requests are parsed here, not by http.server: its parser takes several times
-    as long, squeezes the slashes that a signature covers, and takes heads that can be read in two
-    ways."""
+    """One connection. Requests are not parsed by http.server: its parser takes several times as
+    long, squeezes slashes that a signature covers, and takes heads that can be read two ways."""
 
     server: Server
     disable_nagle_algorithm = True
