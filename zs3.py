@@ -890,13 +890,14 @@ class AwsChunks:
         return False
 
     def _check_chunk(self) -> None:
-        if self._auth is not None:
-            digest = f"{EMPTY_SHA256}\n{self._digest.hexdigest()}"
-            self._check_signature(self._auth, "PAYLOAD", digest, self._given)
-            self._digest = hashlib.sha256()
+        digest = f"{EMPTY_SHA256}\n{self._digest.hexdigest()}"
+        self._check_signature("PAYLOAD", digest, self._given)
+        self._digest = hashlib.sha256()
 
-    def _check_signature(self, auth: Authorization, kind: str, digest: str, given: str) -> None:
-        claim = f"{auth.amz_date}\n{auth.scope}\n{self._previous}"
+    def _check_signature(self, kind: str, digest: str, given: str) -> None:
+        if self._auth is None:
+            return
+        claim = f"{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}"
         text = f"{ALGORITHM}-{kind}\n{claim}\n{digest}"
         self._previous = signature(self._key, text)
         if not hmac.compare_digest(self._previous.encode(), given.encode()):
@@ -914,10 +915,9 @@ class AwsChunks:
         proof = self.trailers.pop("x-amz-trailer-signature", "")
         if self.trailers.keys() - {self._expected} or (self._expected and not self.trailers):
             raise S3Error("MalformedTrailerError")
-        if self._auth is not None and self._expected:
+        if self._expected:
             lines = "".join(f"{name}:{value}\n" for name, value in self.trailers.items())
-            digest = sha256_hex(lines.encode("latin-1"))
-            self._check_signature(self._auth, "TRAILER", digest, proof)
+            self._check_signature("TRAILER", sha256_hex(lines.encode("latin-1")), proof)
 
 
 class Crc:
@@ -2058,17 +2058,8 @@ class Upload(NamedTuple):
         return f"{self.bucket}/{self.id}/{number:05d}"
 
 
-def start_upload(store: Store, upload: Upload) -> None:
-    """Record a new upload."""
-    headers = upload.headers | {
-        "zs3-key": upload.key, "zs3-algorithm": upload.algorithm,
-        "zs3-checksum-type": upload.checksum_type,
-    }
-    store.put_object(UPLOADS, upload.part_key(0), Body(io.BytesIO(), 0), headers, NO_CONDITION)
-
-
 def upload_from_info(info: ObjectInfo) -> Upload:
-    """The upload that an object of UPLOADS records."""
+    """The upload that an object of UPLOADS records, as create_multipart_upload wrote it."""
     bucket, upload_id, _ = info.key.split("/")
     headers = dict(info.headers)
     key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
@@ -2153,13 +2144,12 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
     return parts
 
 
-def multipart_etag(etags: Iterable[str]) -> str:
+def multipart_etag(parts: Sequence[ObjectInfo | ListedPart]) -> str:
     """The MD5 of the parts' MD5s, a dash and their number."""
-    digest, count = DIGESTS["MD5"](), 0
-    for etag in etags:
+    digest = hashlib.md5(usedforsecurity=False)
+    for etag in (part.etag for part in parts):
         digest.update(bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode())
-        count += 1
-    return f"{digest.digest().hex()}-{count}"
+    return f"{digest.hexdigest()}-{len(parts)}"
 
 
 def match_parts(
@@ -2204,11 +2194,9 @@ def finish_upload(
 ) -> ObjectInfo:
     """Make the object of these parts, then discard the upload."""
     kept = (PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts)
-    size, etag = sum(part.size for part in parts), multipart_etag(part.etag for part in parts)
-    checksums = combine_checksums(upload, parts)
     described = ObjectInfo(
-        upload.key, size, etag, 0.0, upload.headers, checksums, upload.checksum_type, tuple(kept),
-        upload.id,
+        upload.key, sum(part.size for part in parts), multipart_etag(parts), 0.0, upload.headers,
+        combine_checksums(upload, parts), upload.checksum_type, tuple(kept), upload.id,
     )
     info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
     discard_upload(store, upload)
@@ -2818,11 +2806,11 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     kind = request.header("x-amz-checksum-type").upper() or kinds[0]
     if kind not in kinds:
         raise S3Error("InvalidRequest", f"The type {kind} does not go with {algorithm or 'none'}.")
-    headers = stored_headers(request.headers)
+    described = {"zs3-key": request.key, "zs3-algorithm": algorithm, "zs3-checksum-type": kind}
     upload_id = f"{time.time_ns():016x}{secrets.token_hex(8)}"  # in the order of time
-    upload = Upload(upload_id, request.bucket, request.key, 0.0, algorithm, kind, headers)
-    start_upload(store, upload)
-    names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload.id}
+    key, headers = f"{request.bucket}/{upload_id}/00000", stored_headers(request.headers)
+    store.put_object(UPLOADS, key, Body(io.BytesIO(), 0), headers | described, NO_CONDITION)
+    names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload_id}
     response = document("InitiateMultipartUploadResult", **names)
     if algorithm:
         response.headers["x-amz-checksum-algorithm"] = algorithm
@@ -2951,8 +2939,7 @@ def already_completed(
         info = store.stat_object(request.bucket, request.key)
     except S3Error:
         raise error from None
-    etag = multipart_etag(part.etag for part in listed)
-    if (info.upload_id, info.etag) != (request.query["uploadId"], etag):
+    if (info.upload_id, info.etag) != (request.query["uploadId"], multipart_etag(listed)):
         raise error
     return info
 
@@ -3341,7 +3328,10 @@ class Handler(BaseHTTPRequestHandler):
                 response = self._respond(request)
                 return self._finish(request, response, began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
-            request = self._request("-", "-", "", "HTTP/1.1", {}, WireBody(self.wire, 0))
+            request = Request(
+                "-", "-", "", {}, self.server.service.settings, client=self.client_address[0],
+                id=self.server.new_id(),
+            )
             request.wire.failed = True
             self._finish(request, error_response(request, error), began)
             self._linger()
@@ -3354,19 +3344,10 @@ class Handler(BaseHTTPRequestHandler):
         if "expect" in headers and version == "HTTP/1.1":
             if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
-            proceed = functools.partial(
-                self.connection.sendall, b"HTTP/1.1 100 Continue\r\n\r\n"
-            )
-        wire = WireBody(self.wire, length, proceed)
-        return self._request(method, path, raw_query, version, headers, wire)
-
-    def _request(
-        self, method: str, path: str, raw_query: str, version: str, headers: dict[str, str],
-        wire: WireBody,
-    ) -> Request:
+            proceed = functools.partial(self.connection.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(
             method, path, raw_query, headers, self.server.service.settings, version,
-            self.client_address[0], self.server.new_id(), wire=wire,
+            self.client_address[0], self.server.new_id(), wire=WireBody(self.wire, length, proceed),
         )
 
     def _respond(self, request: Request) -> Response:
@@ -3450,9 +3431,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, listener: socket.socket, service: Service, log: LogFormat | None
-    ) -> None:
+    def __init__(self, listener: socket.socket, service: Service, log: LogFormat | None) -> None:
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
