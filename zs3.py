@@ -1459,8 +1459,9 @@ class FileLocks:
                 fcntl.flock(self._files[stripe], fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for file in filter(lambda file: file >= 0, self._files):
-            os.close(file)
+        for file in self._files:
+            if file >= 0:
+                os.close(file)
 
 
 class DirectoryCache:
@@ -1580,7 +1581,7 @@ class FileStore:
     def stat_bucket(self, bucket: str) -> BucketInfo:
         """One made by hand was created when it was last changed."""
         self._require_bucket(bucket)
-        for path in (self._created_path(bucket), self._bucket_path(bucket)):
+        for path in (f"{self._root}/.meta/{bucket}/created", self._bucket_path(bucket)):
             with contextlib.suppress(FileNotFoundError):  # made by hand
                 return BucketInfo(bucket, os.stat(path).st_mtime)
         raise S3Error("NoSuchBucket", BucketName=bucket)
@@ -1592,8 +1593,8 @@ class FileStore:
             except FileExistsError:
                 self._require_bucket(bucket)  # it might be a file
                 return False
-            os.makedirs(os.path.dirname(self._created_path(bucket)), exist_ok=True)
-            with open(self._created_path(bucket), "w", encoding="utf-8"):
+            os.makedirs(f"{self._root}/.meta/{bucket}", exist_ok=True)
+            with open(f"{self._root}/.meta/{bucket}/created", "w", encoding="utf-8"):
                 pass  # its mtime is what it says
             self._sync_folder(self._root)
         return True
@@ -1616,9 +1617,6 @@ class FileStore:
 
     def _bucket_path(self, bucket: str) -> str:
         return f"{self._root}/{bucket}"
-
-    def _created_path(self, bucket: str) -> str:
-        return f"{self._root}/.meta/{bucket}/created"
 
     def _require_bucket(self, bucket: str) -> None:
         if not os.path.isdir(self._bucket_path(bucket)):
@@ -2165,10 +2163,8 @@ def match_parts(
         parts.append(info)
     for (number, etag, _), info in zip(listed[:-1], parts, strict=False):
         if info.size < min_bytes:
-            raise S3Error(
-                "EntityTooSmall", PartNumber=number, ETag=etag, ProposedSize=info.size,
-                MinSizeAllowed=min_bytes,
-            )
+            sizes = {"ProposedSize": info.size, "MinSizeAllowed": min_bytes}
+            raise S3Error("EntityTooSmall", PartNumber=number, ETag=etag, **sizes)
     return parts
 
 
@@ -2465,22 +2461,24 @@ class ListQuery:
 
     def __init__(self, request: Request, limit_name: str) -> None:
         query = request.query
+        self.bucket = request.bucket
         self.prefix, self.delimiter = query.get("prefix", ""), query.get("delimiter", "")
         self.limit = page_limit(query.get(limit_name, ""), limit_name)
         encoding = query.get("encoding-type", "")
         if encoding not in ("", "url"):
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
         self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
-        self.limit_name = limit_name
         self.fields: dict[str, object] = {
             "Prefix": self.show(self.prefix),
             "Delimiter": self.show(self.delimiter) if self.delimiter else None,
             "EncodingType": encoding or None,
         }
 
-    def common_prefixes(self, prefixes: Sequence[str]) -> list[Xml]:
-        """The contents of <CommonPrefixes> elements."""
-        return [xml(Prefix=self.show(prefix)) for prefix in prefixes]
+    def page(self, store: Store, start: str | None) -> Page:
+        """The page of objects from `start`: NoSuchBucket."""
+        store.stat_bucket(self.bucket)
+        scan = functools.partial(store.scan, self.bucket, self.prefix, delimiter=self.delimiter)
+        return list_page(scan, self.prefix, self.delimiter, start, self.limit)
 
 
 def page_limit(text: str, name: str) -> int:
@@ -2492,7 +2490,7 @@ def list_objects(store: Store, request: Request) -> Response:
     """GET /bucket: version 1, in which a page continues after a marker."""
     query = ListQuery(request, "max-keys")
     marker = request.query.get("marker", "")
-    page = read_page(store, request, query, start_after(marker, query.prefix, query.delimiter))
+    page = query.page(store, start_after(marker, query.prefix, query.delimiter))
     following = query.show(page.last) if page.next_start is not None and query.delimiter else None
     fields = {"Marker": query.show(marker), "NextMarker": following}
     return listing(request, query, page, fields, OWNER)
@@ -2507,7 +2505,7 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     if token == "":
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect")
     start = decode_token(token) if token else start_after(after, query.prefix, query.delimiter)
-    page = read_page(store, request, query, start)
+    page = query.page(store, start)
     following = encode_token(page.next_start) if page.next_start is not None else None
     fields = {
         "KeyCount": len(page.contents) + len(page.prefixes),
@@ -2516,16 +2514,6 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     }
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
     return listing(request, query, page, fields, owner)
-
-
-def read_page(store: Store, request: Request, query: ListQuery, start: str | None) -> Page:
-    """The page of objects that a request asks for."""
-    store.stat_bucket(request.bucket)
-
-    def scan(position: str) -> Iterator[ObjectInfo]:
-        return store.scan(request.bucket, query.prefix, position, query.delimiter)
-
-    return list_page(scan, query.prefix, query.delimiter, start, query.limit)
 
 
 def listing(
@@ -2543,7 +2531,7 @@ def listing(
     return document(
         "ListBucketResult", Name=request.bucket, **query.fields, **fields, MaxKeys=query.limit,
         IsTruncated=page.next_start is not None, Contents=contents,
-        CommonPrefixes=query.common_prefixes(page.prefixes),
+        CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in page.prefixes],
     )
 
 
@@ -2967,7 +2955,7 @@ def list_multipart_uploads(store: Store, request: Request) -> Response:
         UploadIdMarker=id_marker, NextKeyMarker=query.show(following[0]) if following else None,
         NextUploadIdMarker=following[1] if following else None, **query.fields,
         MaxUploads=query.limit, IsTruncated=following is not None, Upload=uploads,
-        CommonPrefixes=query.common_prefixes(prefixes),
+        CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in prefixes],
     )
 
 
@@ -3067,9 +3055,7 @@ def find_route(request: Request) -> Route:
     """The row of ROUTES for a request: NotImplemented, MethodNotAllowed, NoSuchVersion."""
     resource = OBJECT if request.key else BUCKET if request.bucket else SERVICE
     asked = {
-        name
-        for name, value in request.query.items()
-        if name in SUBRESOURCES
+        name for name, value in request.query.items() if name in SUBRESOURCES
         or not (value or name in PARAMETERS or name.startswith("X-Amz-"))
     }
     if request.query.get("versionId", "null") not in ("", "null"):
@@ -3191,9 +3177,7 @@ class Wire:
         """A request's head with its final empty line; b"" if the client has gone.
         RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
         deadline = 0.0
-        while (end := self._rest.find(b"\r\n\r\n")) < 0:
-            if len(self._rest) > MAX_HEAD_BYTES:
-                raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+        while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
             received = self._connection.recv(MAX_HEAD_BYTES)
             if not received:
                 return b""
@@ -3202,10 +3186,9 @@ class Wire:
             deadline = deadline or now + SOCKET_SECONDS
             if now > deadline:
                 raise S3Error("RequestTimeout")
-        end += 4
-        head, self._rest = self._rest[:end], self._rest[end:]
-        if len(head) > MAX_HEAD_BYTES:
+        if end < 0 or end + 4 > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+        head, self._rest = self._rest[: end + 4], self._rest[end + 4 :]
         return head
 
     def readinto(self, view: memoryview) -> int:
