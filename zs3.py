@@ -77,7 +77,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
@@ -1605,8 +1604,9 @@ class FileStore:
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         with self._bucket_locks.hold(bucket):
             try:
-                remove_empty_folders(self._bucket_path(bucket))
-                remove_empty_folders(f"{self._root}/.keys/{bucket}")
+                for folder in (self._bucket_path(bucket), f"{self._root}/.keys/{bucket}"):
+                    for path, _, _ in os.walk(folder, topdown=False):
+                        os.rmdir(path)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
@@ -2018,12 +2018,6 @@ def files_below(folder: str) -> list[str]:
     return [f"{path}/{name}" for path, _, names in os.walk(folder) for name in names]
 
 
-def remove_empty_folders(folder: str) -> None:
-    """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
-    for path, _, _ in os.walk(folder, topdown=False):
-        os.rmdir(path)
-
-
 # ===== 8 Multipart =====
 # An upload is objects of the bucket UPLOADS: BUCKET/ID/00000 is the upload itself, whose headers
 # say what the finished object shall be, and BUCKET/ID/00001 to BUCKET/ID/10000 are its parts.
@@ -2324,10 +2318,17 @@ def delete_bucket(store: Store, request: Request) -> Response:
     return Response(204)
 
 
+GRANTEE = Xml(
+    '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">'
+    f"{OWNER}</Grantee>"
+)
+GRANT = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))  # to the owner, none to others
 # Sub-resource -> what GET answers where nothing is configured: an error code, or root and fields.
 Configuration = str | tuple[str, dict[str, object]]
+ACL: Configuration = ("AccessControlPolicy", {"Owner": OWNER, "AccessControlList": GRANT})
 BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
     "accelerate": ("AccelerateConfiguration", {}),
+    "acl": ACL,
     "cors": "NoSuchCORSConfiguration",
     "encryption": "ServerSideEncryptionConfigurationNotFoundError",
     "lifecycle": "NoSuchLifecycleConfiguration",
@@ -2346,40 +2347,25 @@ BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
     "website": "NoSuchWebsiteConfiguration",
 }
 OBJECT_CONFIGURATIONS: dict[str, Configuration] = {
+    "acl": ACL,
     "legal-hold": "NoSuchObjectLockConfiguration",
     "retention": "NoSuchObjectLockConfiguration",
     "tagging": ("Tagging", {"TagSet": Xml()}),
 }
-GRANTEE = Xml(
-    '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">'
-    f"{OWNER}</Grantee>"
-)
 
 
 def get_configuration(store: Store, request: Request) -> Response:
-    """GET ?location, ?tagging and the like: what S3 says of what has none of it."""
-    require(store, request)
+    """GET ?location, ?acl and the like: what S3 says of a bucket or object that has none of it."""
+    if request.key:
+        store.stat_object(request.bucket, request.key)
+    else:
+        store.stat_bucket(request.bucket)
     table = OBJECT_CONFIGURATIONS if request.key else BUCKET_CONFIGURATIONS
     answer = next(answer for name, answer in table.items() if name in request.query)
     if isinstance(answer, str):
         raise S3Error(answer, BucketName=request.bucket)
     root, fields = answer
     return document(root, **fields)
-
-
-def get_acl(store: Store, request: Request) -> Response:
-    """GET ?acl of a bucket or an object: its owner may do everything, nobody else anything."""
-    require(store, request)
-    grant = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))
-    return document("AccessControlPolicy", Owner=OWNER, AccessControlList=grant)
-
-
-def require(store: Store, request: Request) -> None:
-    """NoSuchBucket or NoSuchKey unless the bucket or object of the request is there."""
-    if request.key:
-        store.stat_object(request.bucket, request.key)
-    else:
-        store.stat_bucket(request.bucket)
 
 
 # --- Listing ---
@@ -2628,18 +2614,19 @@ def chosen_range(request: Request, info: ObjectInfo) -> tuple[int, int] | None:
     """Start and length by Range or partNumber, None for all. InvalidRange, InvalidPartNumber."""
     text, number = request.headers.get("range"), request.query.get("partNumber")
     if number is None:
-        # A range of another state of the object is of no use. (RFC 9110, 13.1.5)
-        current = quoted(info.etag), http_date(int(info.modified))
-        applies = text and request.headers.get("if-range", current[0]) in current
-        return parse_range(text, info.size) if text and applies else None
+        # If-Range: a range of another state of the object is of no use. (RFC 9110, 13.1.5)
+        if text and request.headers.get("if-range") in (
+            None, quoted(info.etag), http_date(int(info.modified))
+        ):
+            return parse_range(text, info.size)
+        return None
     if text is not None:
         raise S3Error("InvalidRequest", "Cannot specify both Range and partNumber.")
-    wanted, count = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER), max(len(info.parts), 1)
-    if wanted > count:
-        raise S3Error("InvalidPartNumber", ActualPartCount=count, PartNumberRequested=wanted)
-    if not info.parts:
-        return 0, info.size
-    return sum(part.size for part in info.parts[: wanted - 1]), info.parts[wanted - 1].size
+    wanted = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER)
+    sizes = [part.size for part in info.parts] or [info.size]
+    if wanted > len(sizes):
+        raise S3Error("InvalidPartNumber", ActualPartCount=len(sizes), PartNumberRequested=wanted)
+    return sum(sizes[: wanted - 1]), sizes[wanted - 1]
 
 
 def delete_object(store: Store, request: Request) -> Response:
@@ -2685,10 +2672,9 @@ def get_object_attributes(store: Store, request: Request) -> Response:
     wanted = {name.strip() for name in request.header("x-amz-object-attributes").split(",")}
     info = store.stat_object(request.bucket, request.key)
     parts = object_parts(request, info) if "ObjectParts" in wanted and info.parts else None
-    checksum = xml(**checksum_fields(info)) if info.checksums else None
     attributes = {
-        "ETag": info.etag, "Checksum": checksum, "ObjectParts": parts, "StorageClass": "STANDARD",
-        "ObjectSize": info.size,
+        "ETag": info.etag, "Checksum": xml(**checksum_fields(info)) or None, "ObjectParts": parts,
+        "StorageClass": "STANDARD", "ObjectSize": info.size,
     }
     if not wanted <= attributes.keys():
         names = ", ".join(attributes)
@@ -3012,11 +2998,9 @@ ROUTES = (
     Route("GET", BUCKET, ("list-type",), list_objects_v2, READ),
     Route("GET", BUCKET, (), list_objects, READ),
     Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
-    Route("GET", BUCKET, ("acl",), get_acl, READ),
     *(Route("GET", BUCKET, (name,), get_configuration, READ) for name in BUCKET_CONFIGURATIONS),
     Route("POST", BUCKET, ("delete",), delete_objects, WRITE),
     Route("GET", OBJECT, ("attributes",), get_object_attributes, READ),
-    Route("GET", OBJECT, ("acl",), get_acl, READ),
     *(Route("GET", OBJECT, (name,), get_configuration, READ) for name in OBJECT_CONFIGURATIONS),
     Route("GET", OBJECT, ("uploadId",), list_parts_page, READ),
     Route("GET", OBJECT, ("partNumber",), get_object, READ),
@@ -3251,13 +3235,10 @@ LogFormat = Callable[[Request, int, int, float], str]
 LOG_FORMATS: dict[str, LogFormat] = {"text": log_text, "json": log_json}
 
 
-REASONS = {status.value: status.phrase for status in HTTPStatus}
-
-
 def render_head(request: Request, response: Response, keep: bool) -> bytes:
     """Status line and headers. `keep`: whether the connection stays open."""
     lines = [
-        f"HTTP/1.1 {response.status} {REASONS.get(response.status, '')}",
+        f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}",
         f"Server: zs3/{VERSION}",
         f"Date: {http_date(int(time.time()))}",
         f"x-amz-request-id: {request.id}",
@@ -3626,12 +3607,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
     """By access key: from --acl, from MinIO's variables, or the default."""
-    credentials = args.acl
-    if not credentials:
-        access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
-        secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
-        credentials = [Credential("admin", access, secret)]
-    return {each.access: each for each in credentials}
+    access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
+    secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
+    return {each.access: each for each in args.acl or [Credential("admin", access, secret)]}
 
 
 def well_known(credentials: Mapping[str, Credential]) -> bool:
