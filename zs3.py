@@ -402,11 +402,14 @@ class Credential(NamedTuple):
     secret: str
 
 
+Credentials = dict[str, Credential]  # by access key
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the command line decides for every request."""
 
-    credentials: dict[str, Credential]  # by access key
+    credentials: Credentials
     public_read: frozenset[str] = frozenset()  # buckets that anyone may read
     cors_origins: tuple[str, ...] = ()  # "*" for any
     domain: str = ""  # BUCKET.domain is the bucket, too
@@ -714,11 +717,9 @@ def payload_hash(request: Request, auth: Authorization) -> str:
     return declared
 
 
-def authenticate(
-    request: Request, secrets_by_access: Mapping[str, str], now: float
-) -> Authorization | None:
-    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
-    since the epoch. Raises the S3Error of whatever does not hold."""
+def authenticate(request: Request, known: Mapping[str, str], now: float) -> Authorization | None:
+    """Whose request this is, by its head alone: None when nobody signed it. `known` are the secrets
+    by access key, `now` is in seconds since the epoch. The S3Error of whatever does not hold."""
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
     if "AWSAccessKeyId" in request.query and not in_query:
         raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
@@ -730,7 +731,7 @@ def authenticate(
         auth = authorization_from_query(request.query)
     else:
         auth = authorization_from_header(request)
-    secret = secrets_by_access.get(auth.access)
+    secret = known.get(auth.access)
     if secret is None:
         raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=auth.access)
     if "x-amz-security-token" in request.headers or "X-Amz-Security-Token" in request.query:
@@ -1768,8 +1769,7 @@ class FileStore:
     def _walk(
         self, folder: str, base: str, prefix: str, start: str, grouped: bool
     ) -> Iterator[tuple[str, str]]:
-        """Key and path of files below `folder`, which ends with "/", as scan wants them. Their keys
-        begin with `base`."""
+        """Key, which begins with `base`, and path of files below `folder/`, as scan wants them."""
         names = self._directories.names(folder)
         inside = start[len(base) :] if start.startswith(base) else ""
         head, slash, _ = inside.partition("/")
@@ -3605,19 +3605,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
-    """By access key: from --acl, from MinIO's variables, or the default."""
+def choose_credentials(args: argparse.Namespace) -> Credentials:
+    """From --acl, from MinIO's variables, or the default."""
     access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
     secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
     return {each.access: each for each in args.acl or [Credential("admin", access, secret)]}
 
 
-def well_known(credentials: Mapping[str, Credential]) -> bool:
+def well_known(credentials: Credentials) -> bool:
     """Whether anyone could know a secret, since it is the default one."""
     return any(each.secret == DEFAULT_SECRET for each in credentials.values())
 
 
-def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
+def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
     """The store that the command line asks for."""
     if args.distributed:
         import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
@@ -3641,7 +3641,7 @@ def check_health(args: argparse.Namespace) -> int:
     return 0 if status == 200 else 1
 
 
-def print_banner(args: argparse.Namespace, credentials: Mapping[str, Credential]) -> None:
+def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
     """What a newcomer needs to know, on standard error."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
@@ -3668,9 +3668,7 @@ def sweep_uploads(store: Store, expiry: float) -> None:
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
-def serve(
-    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
-) -> int:
+def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT, and finish what is under way."""
     store = open_store(args, credentials)
     settings = Settings(
@@ -3715,7 +3713,7 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
 
 
 def serve_workers(
-    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
+    args: argparse.Namespace, credentials: Credentials, listener: socket.socket
 ) -> int:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
     replaced; SIGTERM and SIGINT end all."""
