@@ -775,7 +775,7 @@ class WireBody(io.RawIOBase):
         self._wire = wire
         self._chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
-        self.proceed = proceed  # sends the `100 Continue` that a client waits for, having sent none
+        self.proceed = proceed  # sends the `100 Continue` that the client waits for, if it does
         self.ended = length == 0
         self.failed = False  # framing was lost or the client went away: nothing more can be read
 
@@ -2179,18 +2179,13 @@ def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, 
     return {upload.algorithm: base64.b64encode(whole.to_bytes(crc.width // 8, "big")).decode()}
 
 
-def finish_upload(
-    store: Store, upload: Upload, parts: Sequence[ObjectInfo], condition: Condition
-) -> ObjectInfo:
-    """Make the object of these parts, then discard the upload."""
+def finished_info(upload: Upload, parts: Sequence[ObjectInfo]) -> ObjectInfo:
+    """What the object of these parts is, but for the time."""
     kept = (PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts)
-    described = ObjectInfo(
+    return ObjectInfo(
         upload.key, sum(part.size for part in parts), multipart_etag(parts), 0.0, upload.headers,
         combine_checksums(upload, parts), upload.checksum_type, tuple(kept), upload.id,
     )
-    info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
-    discard_upload(store, upload)
-    return info
 
 
 # ===== 9 Operations =====
@@ -2455,8 +2450,7 @@ class ListQuery:
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
         self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
         self.fields: dict[str, object] = {
-            "Prefix": self.show(self.prefix),
-            "Delimiter": self.show(self.delimiter) if self.delimiter else None,
+            "Prefix": self.show(self.prefix), "Delimiter": self.show(self.delimiter) or None,
             "EncodingType": encoding or None,
         }
 
@@ -2495,7 +2489,7 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     following = encode_token(page.next_start) if page.next_start is not None else None
     fields = {
         "KeyCount": len(page.contents) + len(page.prefixes),
-        "StartAfter": query.show(after) if after else None,
+        "StartAfter": query.show(after) or None,
         "ContinuationToken": token, "NextContinuationToken": following,
     }
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
@@ -2810,8 +2804,8 @@ def upload_part(store: Store, request: Request) -> Response:
     if upload.algorithm:
         request.body.wanted.add(upload.algorithm)
     info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
-    info = replace(info, checksum_type="")  # that is for whole objects
-    return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
+    headers = checksum_headers(replace(info, checksum_type=""))  # that is for whole objects
+    return Response(200, {"ETag": quoted(info.etag)} | headers)
 
 
 def upload_part_copy(store: Store, request: Request) -> Response:
@@ -2876,8 +2870,10 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     try:
         upload = requested_upload(store, request)
         parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
-        check_whole_object(request, upload, parts)
-        info = finish_upload(store, upload, parts, write_condition(request))
+        info, condition = finished_info(upload, parts), write_condition(request)
+        check_whole_object(request, upload, info)
+        info = store.concatenate(request.bucket, request.key, parts, info, condition)
+        discard_upload(store, upload)
     except S3Error as error:
         if error.code not in ("NoSuchUpload", "InvalidPart"):
             raise
@@ -2889,9 +2885,9 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     )
 
 
-def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectInfo]) -> None:
+def check_whole_object(request: Request, upload: Upload, info: ObjectInfo) -> None:
     """x-amz-mp-object-size and the x-amz-checksum-* of the whole object, where they are given."""
-    size = sum(part.size for part in parts)
+    size, whole = info.size, info.checksums
     declared = request.headers.get("x-amz-mp-object-size", str(size))
     if parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
         raise S3Error("InvalidRequest", f"The parts have {size} bytes, not x-amz-mp-object-size.")
@@ -2899,7 +2895,6 @@ def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectI
     if kind and kind != upload.checksum_type:
         created = upload.checksum_type or "null"
         raise S3Error("InvalidRequest", f"The upload was created with the checksum type {created}.")
-    whole = combine_checksums(upload, parts)
     for name, value in declared_checksums(request.headers).items():
         if name != upload.algorithm or value.partition("-")[0] != whole[name].partition("-")[0]:
             raise S3Error("BadDigest", f"The {name} you specified did not match what we received.")
