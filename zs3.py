@@ -1625,25 +1625,16 @@ class FileStore:
 
     # --- Paths ---
 
-    def _literal_path(self, bucket: str, key: str) -> str:
-        """Where an ordinary key's file is; "" for a key that no path can spell."""
-        if key[0] == "/" or key[-1] == "/" or "//" in key or "\0" in key:
-            return ""
-        if len(key) > MAX_FILE_NAME_BYTES // 4 and (  # a character has at most 4 bytes
-            max(len(name.encode()) for name in key.split("/")) > MAX_FILE_NAME_BYTES
-        ):
-            return ""
-        return f"{self._root}/{bucket}/{key}"
-
-    def _special_path(self, bucket: str, key: str) -> str:
-        """Where the file of any other key is."""
-        return f"{self._root}/.keys/{bucket}/{spell(key)}"
-
     def _paths(self, bucket: str, key: str) -> Iterator[str]:
-        """Where the key's file may be. The literal path wins: it is the one people see."""
-        if literal := self._literal_path(bucket, key):
-            yield literal
-        yield self._special_path(bucket, key)
+        """Where the key's file may be: at the literal path, if there can be one, which wins as the
+        one people see; last in .keys."""
+        names = key.split("/")
+        if "" not in names and "\0" not in key and (
+            len(key) <= MAX_FILE_NAME_BYTES // 4  # a character has at most 4 bytes
+            or max(len(name.encode()) for name in names) <= MAX_FILE_NAME_BYTES
+        ):
+            yield f"{self._root}/{bucket}/{key}"
+        yield f"{self._root}/.keys/{bucket}/{spell(key)}"
 
     # --- Descriptions ---
 
@@ -1916,9 +1907,9 @@ class FileStore:
         with self._key_locks.hold(f"{bucket}/{info.key}"):
             if condition != NO_CONDITION:
                 condition.check(self._current(bucket, info.key))
-            literal = self._literal_path(bucket, info.key)
-            special = self._special_path(bucket, info.key)
-            if literal and self._rename(temp, literal, self._bucket_path(bucket), bucket, info.key):
+            *literal, special = self._paths(bucket, info.key)
+            top = self._bucket_path(bucket)
+            if literal and self._rename(temp, literal[0], top, bucket, info.key):
                 self._remove(special, bucket, info.key)
                 return info
             # The bucket's own folder may stay empty by this, so its lock is what keeps
@@ -3624,16 +3615,13 @@ def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
 def check_health(args: argparse.Namespace) -> int:
     """--check: 0 if a server answers at --host and --port, else 1."""
     host = args.host if args.host not in ("", "0.0.0.0", "::") else "127.0.0.1"
-    connection = http.client.HTTPConnection(host, args.port, timeout=5)
-    try:
-        connection.request("GET", "/_zs3/health")
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        connection.close()
-    return 0 if status == 200 else 1
+    with contextlib.closing(http.client.HTTPConnection(host, args.port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/_zs3/health")
+            return 0 if connection.getresponse().status == 200 else 1
+        except (OSError, http.client.HTTPException) as error:
+            print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
+            return 1
 
 
 def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
