@@ -997,11 +997,9 @@ def crc_function(algorithm: str) -> Callable[..., int]:
     """The fastest f(data, crc=0) for a row of CRCS. Ask when it is needed: awscrt takes 8 MB."""
     if algorithm == "CRC32":
         return zlib.crc32
-    try:
-        module = importlib.import_module("awscrt.checksums")
-        function: Callable[..., int] = getattr(module, algorithm.lower())
-    except (ImportError, AttributeError):  # not installed, or too old for crc64nvme
-        function = CRCS[algorithm]
+    function: Callable[..., int] = CRCS[algorithm]
+    with contextlib.suppress(ImportError, AttributeError):  # not there, or too old for crc64nvme
+        function = getattr(importlib.import_module("awscrt.checksums"), algorithm.lower())
     return function
 
 
