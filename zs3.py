@@ -59,6 +59,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import os
 import re
 import resource
@@ -77,9 +78,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -222,7 +222,7 @@ HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(r"/[\x21-\x7e]*")
 BLANKS = re.compile("[ \t]+")
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
-S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
 
@@ -233,8 +233,7 @@ def uri_encode(text: str, safe: str = "") -> str:
 
 
 def uri_decode(text: str) -> str:
-    """Undo percent-encoding, once. `text` is latin-1, the result UTF-8. InvalidURI when it cannot
-    be."""
+    """Undo percent-encoding, once: latin-1 text to UTF-8. InvalidURI when it cannot be."""
     if "%" not in text and text.isascii():
         return text
     if PERCENT.search(text):
@@ -288,8 +287,7 @@ class Xml(str):
 
 
 def escape(text: str) -> str:
-    """Text as it may stand in XML. What XML cannot carry becomes a character reference, as in
-    S3."""
+    """Text for XML. What XML cannot carry becomes a character reference, as in S3."""
     if "&" in text or "<" in text or ">" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     if text.isprintable():
@@ -310,9 +308,7 @@ def xml(**fields: object) -> Xml:
     return Xml(text)
 
 
-def xml_document(
-    root: str, *children: Xml, namespace: str = f' xmlns="{S3_NAMESPACE}"'
-) -> bytes:
+def xml_document(root: str, *children: Xml, namespace: str = S3_NAMESPACE) -> bytes:
     """A whole document as UTF-8."""
     start = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}>'
     return f"{start}{''.join(children)}</{root}>".encode()
@@ -428,11 +424,14 @@ class Credential(NamedTuple):
     secret: str
 
 
+Credentials = dict[str, Credential]  # by access key
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the command line decides for every request."""
 
-    credentials: dict[str, Credential]  # by access key
+    credentials: Credentials
     public_read: frozenset[str] = frozenset()  # buckets that anyone may read
     cors_origins: tuple[str, ...] = ()  # "*" for any
     domain: str = ""  # BUCKET.domain is the bucket, too
@@ -684,8 +683,7 @@ def authorization_from_query(query: Mapping[str, str]) -> Authorization:
 
 
 def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
-    """Access key, date and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; else
-    S3Error(code)."""
+    """Access key, date, region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
     pieces = text.rsplit("/", 4)
     if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
         raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
@@ -706,8 +704,7 @@ def parse_amz_date(amz_date: str) -> float | None:
 
 
 def check_date(auth: Authorization, now: float) -> None:
-    """A header's date is within 15 minutes of `now`; a presigned URL has begun and has not
-    expired."""
+    """A header's date is 15 minutes from `now` at most; a presigned URL has begun, not expired."""
     signed = parse_amz_date(auth.amz_date)
     if signed is None:
         raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
@@ -720,10 +717,8 @@ def check_date(auth: Authorization, now: float) -> None:
     elif now < signed - MAX_SKEW_SECONDS:
         raise S3Error("AccessDenied", "Request is not valid yet", ServerTime=iso_date(now))
     elif now > signed + auth.expires:
-        expired = iso_date(signed + auth.expires)
-        raise S3Error(
-            "AccessDenied", "Request has expired", Expires=expired, ServerTime=iso_date(now)
-        )
+        dates = {"Expires": iso_date(signed + auth.expires), "ServerTime": iso_date(now)}
+        raise S3Error("AccessDenied", "Request has expired", **dates)
 
 
 def check_signed_headers(request: Request, auth: Authorization) -> None:
@@ -745,11 +740,9 @@ def payload_hash(request: Request, auth: Authorization) -> str:
     return declared
 
 
-def authenticate(
-    request: Request, secrets_by_access: Mapping[str, str], now: float
-) -> Authorization | None:
-    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
-    since the epoch. Raises the S3Error of whatever does not hold."""
+def authenticate(request: Request, known: Mapping[str, str], now: float) -> Authorization | None:
+    """Whose request this is, by its head alone: None when nobody signed it. `known` are the secrets
+    by access key, `now` is in seconds since the epoch. The S3Error of whatever does not hold."""
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
     if "AWSAccessKeyId" in request.query and not in_query:
         raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
@@ -761,7 +754,7 @@ def authenticate(
         auth = authorization_from_query(request.query)
     else:
         auth = authorization_from_header(request)
-    secret = secrets_by_access.get(auth.access)
+    secret = known.get(auth.access)
     if secret is None:
         raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=auth.access)
     if "x-amz-security-token" in request.headers or "X-Amz-Security-Token" in request.query:
@@ -773,8 +766,7 @@ def authenticate(
 
 
 def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
-    """SignatureDoesNotMatch, with all that is needed to find out why, unless the signature
-    holds."""
+    """SignatureDoesNotMatch, with all it takes to find out why, unless the signature holds."""
     payload = payload_hash(request, auth)
     texts = []
     given = request.header("host")
@@ -787,48 +779,28 @@ def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
             return
     canonical, text = texts[0]
     raise S3Error(
-        "SignatureDoesNotMatch",
-        AWSAccessKeyId=auth.access,
-        StringToSign=text,
-        SignatureProvided=auth.signature,
-        StringToSignBytes=text.encode().hex(" "),
-        CanonicalRequest=canonical,
-        CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
+        "SignatureDoesNotMatch", AWSAccessKeyId=auth.access, StringToSign=text,
+        SignatureProvided=auth.signature, StringToSignBytes=text.encode().hex(" "),
+        CanonicalRequest=canonical, CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
     )
 
 
 # ===== 6 Request bodies and checksums =====
 
 
-class Incoming(Protocol):
-    """Where bytes come from: a connection (section 11) or, in tests, io.BytesIO."""
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Put at least one byte into `buffer`; 0 at the end."""
-
-    def readline(self, size: int, /) -> bytes:
-        """Up to and with the next LF, at most `size` bytes."""
-
-
 class WireBody(io.RawIOBase):
-    """The bytes that follow a request's head, as HTTP frames them: `length` of them, or chunks
-    where it is None (RFC 9112, 7.1). The first read sends `100 Continue` if the client waits for
-    it."""
+    """The bytes that follow a request's head on a connection, as HTTP frames them: `length` of
+    them, or chunks where it is None (RFC 9112, 7.1)."""
 
     def __init__(
-        self, wire: Incoming, length: int | None, proceed: Callable[[], None] | None = None
+        self, wire: Wire | io.BytesIO, length: int | None, proceed: Callable[[], None] | None = None
     ) -> None:
         self._wire = wire
         self._chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
-        self._proceed = proceed
+        self.proceed = proceed  # sends the `100 Continue` that the client waits for, if it does
         self.ended = length == 0
         self.failed = False  # framing was lost or the client went away: nothing more can be read
-
-    @property
-    def waits(self) -> bool:
-        """Whether the client still waits for `100 Continue`, and so has sent nothing."""
-        return self._proceed is not None
 
     def readable(self) -> bool:
         """For io.BufferedReader."""
@@ -836,9 +808,9 @@ class WireBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
-        if self._proceed is not None:
-            self._proceed()  # even if nothing follows: some versions of botocore count on it
-            self._proceed = None
+        if self.proceed is not None:
+            self.proceed()  # even if nothing follows: some versions of botocore count on it
+            self.proceed = None
         if self.ended:
             return 0
         try:
@@ -890,42 +862,24 @@ def parse_chunk_size(line: bytes) -> int:
     return int(digits, 16)
 
 
-class ChunkSigner:
-    """The chain of chunk signatures: each covers the one before it.
-    (S3 API reference, "Signature Calculations ... Transferring Payload in Multiple Chunks")"""
-
-    def __init__(self, auth: Authorization, key: bytes) -> None:
-        self._auth, self._key = auth, key
-        self._previous = auth.signature
-
-    def check(self, kind: str, middle: str, digest: str, given: str) -> None:
-        """`kind` is PAYLOAD or TRAILER; `middle` stands before the digest where the kind has it."""
-        claim = f"{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}"
-        text = f"{ALGORITHM}-{kind}\n{claim}\n{middle}{digest}"
-        expected = signature(self._key, text)
-        if not hmac.compare_digest(expected.encode(), given.encode()):
-            raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
-        self._previous = expected
-
-
-class AwsChunks(io.RawIOBase):
+class AwsChunks:
     """Decodes `aws-chunked`: SIZE[;chunk-signature=HEX] CRLF, data, CRLF; after a chunk of size 0
-    the trailers as `name:value` lines. Each chunk's signature is checked at its end, if there is a
-    signer."""
+    the trailers as `name:value` lines. `trailer` is what x-amz-trailer announced. With `auth` and
+    its signing key, chunks and trailers must be signed. (S3 API reference, "Signature Calculations
+    ... Transferring Payload in Multiple Chunks")"""
 
-    def __init__(self, source: io.RawIOBase, signer: ChunkSigner | None, trailer: str) -> None:
+    def __init__(
+        self, source: io.RawIOBase, trailer: str, auth: Authorization | None, key: bytes
+    ) -> None:
         self._source = io.BufferedReader(source, SMALL_BYTES)
-        self._signer = signer
-        self._expected = trailer.strip().lower()  # the name x-amz-trailer announced, or ""
+        self._expected = trailer.strip().lower()
+        self._auth, self._key = auth, key
+        self._previous = auth.signature if auth else ""  # each signature covers the one before it
         self._left = 0  # of the current chunk
         self._digest = hashlib.sha256()
         self._given = ""
         self._ended = False
         self.trailers: dict[str, str] = {}
-
-    def readable(self) -> bool:
-        """For io.BufferedReader."""
-        return True
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with decoded bytes; 0 at the end. Raises what does not hold."""
@@ -936,7 +890,7 @@ class AwsChunks(io.RawIOBase):
         if not got:
             raise S3Error("IncompleteBody")
         self._left -= got
-        if self._signer is not None:
+        if self._auth is not None:
             self._digest.update(view[:got])
         if self._left == 0:
             if self._source.read(2) != b"\r\n":
@@ -948,7 +902,7 @@ class AwsChunks(io.RawIOBase):
         line = self._source.readline(MAX_CHUNK_LINE_BYTES)
         self._left = parse_chunk_size(line)
         name, _, given = line[:-2].partition(b";")[2].partition(b"=")
-        if self._signer is not None and name != b"chunk-signature":
+        if self._auth is not None and name != b"chunk-signature":
             raise S3Error("InvalidChunkSizeError", "A chunk has no signature.")
         self._given = given.decode("latin-1")
         if self._left:
@@ -959,10 +913,18 @@ class AwsChunks(io.RawIOBase):
         return False
 
     def _check_chunk(self) -> None:
-        if self._signer is not None:
-            digest = self._digest.hexdigest()
-            self._signer.check("PAYLOAD", EMPTY_SHA256 + "\n", digest, self._given)
-            self._digest = hashlib.sha256()
+        digest = f"{EMPTY_SHA256}\n{self._digest.hexdigest()}"
+        self._check_signature("PAYLOAD", digest, self._given)
+        self._digest = hashlib.sha256()
+
+    def _check_signature(self, kind: str, digest: str, given: str) -> None:
+        if self._auth is None:
+            return
+        claim = f"{self._auth.amz_date}\n{self._auth.scope}\n{self._previous}"
+        text = f"{ALGORITHM}-{kind}\n{claim}\n{digest}"
+        self._previous = signature(self._key, text)
+        if not hmac.compare_digest(self._previous.encode(), given.encode()):
+            raise S3Error("SignatureDoesNotMatch", StringToSign=text, SignatureProvided=given)
 
     def _read_trailers(self) -> None:
         """What is left of the body: the announced trailer and its signature, and nothing else."""
@@ -976,9 +938,9 @@ class AwsChunks(io.RawIOBase):
         proof = self.trailers.pop("x-amz-trailer-signature", "")
         if self.trailers.keys() - {self._expected} or (self._expected and not self.trailers):
             raise S3Error("MalformedTrailerError")
-        if self._signer is not None and self._expected:
+        if self._expected:
             lines = "".join(f"{name}:{value}\n" for name, value in self.trailers.items())
-            self._signer.check("TRAILER", "", sha256_hex(lines.encode("latin-1")), proof)
+            self._check_signature("TRAILER", sha256_hex(lines.encode("latin-1")), proof)
 
 
 class Crc:
@@ -1058,11 +1020,9 @@ def crc_function(algorithm: str) -> Callable[..., int]:
     """The fastest f(data, crc=0) for a row of CRCS. Ask when it is needed: awscrt takes 8 MB."""
     if algorithm == "CRC32":
         return zlib.crc32
-    try:
-        module = importlib.import_module("awscrt.checksums")
-        function: Callable[..., int] = getattr(module, algorithm.lower())
-    except (ImportError, AttributeError):  # not installed, or too old for crc64nvme
-        function = CRCS[algorithm]
+    function: Callable[..., int] = CRCS[algorithm]
+    with contextlib.suppress(ImportError, AttributeError):  # not there, or too old for crc64nvme
+        function = getattr(importlib.import_module("awscrt.checksums"), algorithm.lower())
     return function
 
 
@@ -1074,9 +1034,8 @@ class CrcDigest:
         self._size = CRCS[algorithm].width // 8
         self._value = 0
 
-    def update(self, data: memoryview) -> None:
-        """Take in more bytes, not too many at once: the interpreter is busy with them until the
-        end."""
+    def update(self, data: bytes | memoryview) -> None:
+        """Take in more bytes, a piece at a time: each keeps the interpreter busy to its end."""
         for at in range(0, len(data), CRC_PIECE_BYTES):
             self._value = self._function(data[at : at + CRC_PIECE_BYTES], self._value)
 
@@ -1085,33 +1044,18 @@ class CrcDigest:
         return self._value.to_bytes(self._size, "big")
 
 
-class Digest(Protocol):
-    """What hashlib's objects and CrcDigest have in common."""
-
-    def update(self, data: Any, /) -> None:
-        """Take in more bytes."""
-
-    def digest(self) -> bytes:
-        """The value of all bytes so far."""
-
+Digest: TypeAlias = "hashlib._Hash | CrcDigest"
 
 # Checksum algorithm, as in x-amz-checksum-algorithm -> a new Digest.
 CHECKSUMS: dict[str, Callable[[], Digest]] = {
-    "CRC32": lambda: CrcDigest("CRC32"),
-    "CRC32C": lambda: CrcDigest("CRC32C"),
-    "CRC64NVME": lambda: CrcDigest("CRC64NVME"),
-    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+    **{name: functools.partial(CrcDigest, name) for name in CRCS},
+    "SHA1": functools.partial(hashlib.sha1, usedforsecurity=False),
     "SHA256": hashlib.sha256,
 }
-
-
-def md5_digest() -> Digest:
-    """An MD5 for ETags, which are no security."""
-    return hashlib.md5(usedforsecurity=False)
-
-
-# What a Body may compute: PAYLOAD is the SHA-256 that a client signs.
-DIGESTS = CHECKSUMS | {"MD5": md5_digest, "PAYLOAD": hashlib.sha256}
+# What a Body may compute: also the MD5 of an ETag, and the SHA-256 that a client signs.
+DIGESTS: dict[str, Callable[[], Digest]] = CHECKSUMS | {
+    "MD5": functools.partial(hashlib.md5, usedforsecurity=False), "PAYLOAD": hashlib.sha256,
+}
 
 
 def checksum_header(algorithm: str) -> str:
@@ -1138,78 +1082,59 @@ class Body:
     is to be stored."""
 
     def __init__(
-        self, source: io.RawIOBase | io.BytesIO, size: int | None, limit: int = MAX_PUT_BYTES
+        self, source: WireBody | AwsChunks | ContentReader | io.BytesIO, size: int | None,
+        limit: int = MAX_PUT_BYTES,
     ) -> None:
+        self.source = source
         self.size = size  # as declared; None when the client did not say
         self.length = 0
         self.md5 = ""
         self.checksums: dict[str, str] = {}
-        self.source = source
+        self.wanted = {"MD5"}  # the rows of DIGESTS to compute
+        self.expected: dict[str, bytes] = {}  # those of them whose value was declared
+        self.trailer = ""  # the one whose value comes after the data
         self._limit = limit
-        self._expected: dict[str, bytes] = {}  # digest name -> value declared
-        self._wanted = {"MD5"}  # names of digests
-        self._digests: dict[str, Digest] = {}  # made when the body is read, if ever
-        self._trailer = ""  # the checksum algorithm whose value comes after the data
 
     def expect(self, name: str, value: bytes) -> None:
-        """`name` is MD5, PAYLOAD (the signed SHA-256) or a checksum algorithm."""
-        self.compute(name)
-        self._expected[name] = value
-
-    def expect_trailer(self, algorithm: str) -> None:
-        """The value of this checksum comes after the data."""
-        self.compute(algorithm)
-        self._trailer = algorithm
-
-    def compute(self, name: str) -> None:
-        """Have this digest in `checksums` at the end."""
-        self._wanted.add(name)
-
-    def computed(self) -> set[str]:
-        """The checksum algorithms whose values will be in `checksums`."""
-        return CHECKSUMS.keys() & self._wanted
-
-    @property
-    def has_trailer(self) -> bool:
-        """Whether a checksum can come after the data."""
-        return isinstance(self.source, AwsChunks)
+        """The value declared for a row of DIGESTS."""
+        self.wanted.add(name)
+        self.expected[name] = value
 
     def __iter__(self) -> Iterator[memoryview]:
         """See the class."""
-        if self.size is not None and self.size > self._limit:
-            raise self._too_large()
-        self._digests = {name: DIGESTS[name]() for name in self._wanted}
-        # A large body takes turns in two blocks: one is hashed while the next is received.
+        self._check_length()
+        digests = {name: DIGESTS[name]() for name in self.wanted}
+        # A large body takes turns in two blocks: one is hashed while the next is received, in
+        # threads, as hashlib lets others run meanwhile.
         large = self.size is None or self.size > BLOCK_BYTES
-        block = memoryview(bytearray(BLOCK_BYTES if large else max(self.size or 0, 1)))
-        spare = memoryview(bytearray(BLOCK_BYTES)) if large else block
+        # Their pages come when bytes do: a client that sends none costs none.
+        block = memoryview(mmap.mmap(-1, BLOCK_BYTES) if large else bytearray(self.size or 1))
+        spare = memoryview(mmap.mmap(-1, BLOCK_BYTES)) if large else block
         hashing: list[threading.Thread] = []
         while got := self._fill(block):
             self.length += got
-            if self.length > self._limit:
-                raise self._too_large()
-            if self.size is not None and self.length > self.size:
-                raise S3Error("IncompleteBody", "The body is longer than it declared.")
+            self._check_length()
             for thread in hashing:
                 thread.join()
-            hashing = self._hash(block[:got], large)
+            hashing.clear()
+            for digest in digests.values():
+                if large:
+                    hashing.append(threading.Thread(target=digest.update, args=(block[:got],)))
+                    hashing[-1].start()
+                else:
+                    digest.update(block[:got])
             yield block[:got]
             block, spare = spare, block
         for thread in hashing:
             thread.join()
-        self._finish()
+        self._finish(digests)
 
-    def _hash(self, data: memoryview, beside: bool) -> list[threading.Thread]:
-        """Have every digest take in `data`, in threads of their own if `beside`: hashlib lets other
-        threads run meanwhile."""
-        threads = []
-        for digest in self._digests.values():
-            if beside:
-                threads.append(threading.Thread(target=digest.update, args=(data,)))
-                threads[-1].start()
-            else:
-                digest.update(data)
-        return threads
+    def _check_length(self) -> None:
+        if max(self.length, self.size or 0) > self._limit:
+            proposed = self.size or self.length
+            raise S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
+        if self.size is not None and self.length > self.size:
+            raise S3Error("IncompleteBody", "The body is longer than it declared.")
 
     def _fill(self, block: memoryview) -> int:
         """Read until the block is full or the body ends."""
@@ -1221,28 +1146,23 @@ class Body:
             got += count
         return got
 
-    def _too_large(self) -> S3Error:
-        proposed = self.size or self.length
-        return S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
-
-    def _finish(self) -> None:
+    def _finish(self, digests: Mapping[str, Digest]) -> None:
         if self.size is not None and self.length != self.size:
             raise S3Error("IncompleteBody")
-        if self._trailer:
+        values = {name: digest.digest() for name, digest in digests.items()}
+        if self.trailer:
             trailers = self.source.trailers if isinstance(self.source, AwsChunks) else {}
-            name = checksum_header(self._trailer)
-            size = len(self._digests[self._trailer].digest())
-            self._expected[self._trailer] = decode_digest(trailers.get(name, ""), size, name)
-        for name, expected in self._expected.items():
-            if not hmac.compare_digest(self._digests[name].digest(), expected):
+            name = checksum_header(self.trailer)
+            size = len(values[self.trailer])
+            self.expected[self.trailer] = decode_digest(trailers.get(name, ""), size, name)
+        for name, expected in self.expected.items():
+            if not hmac.compare_digest(values[name], expected):
                 if name == "PAYLOAD":
                     raise S3Error("XAmzContentSHA256Mismatch")
                 raise S3Error("BadDigest", f"The {name} you specified did not match the body.")
-        self.md5 = self._digests["MD5"].digest().hex()
+        self.md5 = values["MD5"].hex()
         self.checksums = {
-            name: base64.b64encode(digest.digest()).decode()
-            for name, digest in self._digests.items()
-            if name in CHECKSUMS
+            name: base64.b64encode(values[name]).decode() for name in values if name in CHECKSUMS
         }
 
     def read_all(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
@@ -1251,7 +1171,7 @@ class Body:
         return b"".join(bytes(block) for block in self)
 
 
-class ContentReader(io.RawIOBase):
+class ContentReader:
     """A range of an object as a file, for a Body: how a part is copied from an object."""
 
     def __init__(self, content: Content, start: int, length: int) -> None:
@@ -1323,9 +1243,11 @@ def expect_checksums(request: Request) -> None:
     trailer = request.header("x-amz-trailer").strip().lower()
     if trailer:
         algorithm = parse_algorithm(trailer.removeprefix("x-amz-checksum-"))
-        if values or checksum_header(algorithm) != trailer or not request.body.has_trailer:
+        chunked = isinstance(request.body.source, AwsChunks)
+        if values or checksum_header(algorithm) != trailer or not chunked:
             raise S3Error("InvalidRequest", "x-amz-trailer names a checksum that ends the body.")
-        request.body.expect_trailer(algorithm)
+        request.body.wanted.add(algorithm)
+        request.body.trailer = algorithm
         values = {algorithm: ""}
     announced = parse_algorithm(request.header("x-amz-sdk-checksum-algorithm"))
     if announced and announced not in values:
@@ -1333,20 +1255,21 @@ def expect_checksums(request: Request) -> None:
 
 
 def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
-    """A body in aws-chunked encoding, as x-amz-content-sha256 tells: minio-go sends no
-    Content-Encoding."""
-    signer = None
-    if payload != UNSIGNED_TRAILER:
-        if auth is None:
-            raise S3Error("AccessDenied", "Signed chunks need a signed request.")
-        key = request.settings.credentials[auth.access].secret
-        signer = ChunkSigner(auth, signing_key(key, auth.date, auth.region))
+    """A body in aws-chunked, told by x-amz-content-sha256: minio-go sends no Content-Encoding."""
+    key = b""
+    if payload == UNSIGNED_TRAILER:
+        auth = None
+    elif auth is None:
+        raise S3Error("AccessDenied", "Signed chunks need a signed request.")
+    else:
+        secret = request.settings.credentials[auth.access].secret
+        key = signing_key(secret, auth.date, auth.region)
     declared = request.header("x-amz-decoded-content-length")
     if not declared:
         raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
     size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
     trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
-    return Body(AwsChunks(request.wire, signer, trailer), size)
+    return Body(AwsChunks(request.wire, trailer, auth, key), size)
 
 
 # ===== 7 Storage =====
@@ -1508,19 +1431,15 @@ class FileContent:
     """An open file: whatever replaces it, it stays what it was."""
 
     def __init__(self, file: int) -> None:
-        self._file = file
-
-    def fileno(self) -> int:
-        """The file descriptor, for sendfile."""
-        return self._file
+        self.file = file  # the descriptor
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        os.close(self.file)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
         """Ends early if somebody cuts the file short meanwhile."""
-        while length > 0 and (data := os.pread(self._file, min(length, BLOCK_BYTES), start)):
+        while length > 0 and (data := os.pread(self.file, min(length, BLOCK_BYTES), start)):
             yield data
             start += len(data)
             length -= len(data)
@@ -1868,12 +1787,11 @@ class FileStore:
             status = file_status(path)
             record = self._read_record(path, bucket, key, status)
             if not record_holds(record, status):
-                file, status, record = self._open_described(path, bucket, key)
-                os.close(file)
+                with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
+                    file, status, record = self._open_described(path, bucket, key)
+                    os.close(file)
         except FileNotFoundError:
             return None
-        except PermissionError:
-            pass  # it cannot be read, but it is there
         return self._describe(key, status, record)
 
     def _open_described(
@@ -1950,7 +1868,11 @@ class FileStore:
                 continue  # hidden by its literal path, or one of its group was shown
             if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
                 continue  # a file that somebody put too deep for a key
-            info = self._stat(path, bucket, key) or self._current(bucket, key)  # it may have moved
+            try:
+                info = self._stat(path, bucket, key)
+                info = info or self._current(bucket, key)  # it may have moved
+            except PermissionError:
+                continue  # in a folder that may be read but not entered
             if info is not None:
                 yield info
                 last, last_group = key, group
@@ -2090,7 +2012,7 @@ class FileStore:
         copied = 0
         try:
             while copied < size:
-                count = os.copy_file_range(content.fileno(), file, min(size - copied, GiB), copied)
+                count = os.copy_file_range(content.file, file, min(size - copied, GiB), copied)
                 if count == 0:
                     raise S3Error("InternalError", "The source was cut short while it was copied.")
                 copied += count
@@ -2293,8 +2215,7 @@ CHECKSUM_TYPES = {
 
 class Upload(NamedTuple):
     """A multipart upload in progress. `initiated` is in seconds since the epoch; `algorithm` and
-    `checksum_type` are "" when no checksum was asked for; `headers` are those of the object to
-    be."""
+    `checksum_type` are "" when no checksum was asked for; `headers` are the future object's."""
 
     id: str
     bucket: str
@@ -2309,24 +2230,8 @@ class Upload(NamedTuple):
         return f"{self.bucket}/{self.id}/{number:05d}"
 
 
-def start_upload(store: Store, upload: Upload) -> None:
-    """Record a new upload."""
-    described = {
-        "zs3-key": upload.key,
-        "zs3-algorithm": upload.algorithm,
-        "zs3-checksum-type": upload.checksum_type,
-    }
-    empty = Body(io.BytesIO(), 0)
-    store.put_object(UPLOADS, upload.part_key(0), empty, upload.headers | described, NO_CONDITION)
-
-
-def new_upload_id() -> str:
-    """32 hex digits, in the order of time."""
-    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
-
-
 def upload_from_info(info: ObjectInfo) -> Upload:
-    """The upload that an object of UPLOADS records."""
+    """The upload that an object of UPLOADS records, as create_multipart_upload wrote it."""
     bucket, upload_id, _ = info.key.split("/")
     headers = dict(info.headers)
     key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
@@ -2334,12 +2239,13 @@ def upload_from_info(info: ObjectInfo) -> Upload:
     return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
 
 
-def find_upload(store: Store, bucket: str, key: str, upload_id: str) -> Upload:
-    """NoSuchUpload unless the upload is in progress for this key."""
+def requested_upload(store: Store, request: Request) -> Upload:
+    """The upload of its bucket and key that a request names; NoSuchUpload."""
+    bucket, upload_id = request.bucket, request.query["uploadId"]
     try:
         if re.fullmatch("[0-9a-f]{32}", upload_id):
             upload = upload_from_info(store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000"))
-            if upload.key == key:
+            if upload.key == request.key:
                 return upload
     except S3Error as error:
         if error.code != "NoSuchKey":
@@ -2379,14 +2285,12 @@ def discard_upload(store: Store, upload: Upload) -> None:
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
     the epoch; also of those whose record is gone. Returns the number of uploads."""
-    by_upload: dict[str, list[ObjectInfo]] = {}
-    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
-        by_upload.setdefault(info.key.split("/")[1], []).append(info)
-    count = 0
-    for found in by_upload.values():
-        if max(info.modified for info in found) < horizon:
+    count, found = 0, list(store.scan(UPLOADS, f"{bucket}/", "", ""))
+    for _, group in itertools.groupby(found, lambda info: info.key.split("/")[1]):
+        infos = list(group)
+        if max(info.modified for info in infos) < horizon:
             count += 1
-            for info in reversed(found):
+            for info in reversed(infos):
                 store.delete_object(UPLOADS, info.key, NO_CONDITION)
     return count
 
@@ -2416,13 +2320,12 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
     return parts
 
 
-def multipart_etag(etags: Iterable[str]) -> str:
+def multipart_etag(parts: Sequence[ObjectInfo | ListedPart]) -> str:
     """The MD5 of the parts' MD5s, a dash and their number."""
-    digest, count = md5_digest(), 0
-    for etag in etags:
+    digest = hashlib.md5(usedforsecurity=False)
+    for etag in (part.etag for part in parts):
         digest.update(bytes.fromhex(etag) if re.fullmatch("[0-9a-f]{32}", etag) else etag.encode())
-        count += 1
-    return f"{digest.digest().hex()}-{count}"
+    return f"{digest.hexdigest()}-{len(parts)}"
 
 
 def match_parts(
@@ -2438,17 +2341,14 @@ def match_parts(
         parts.append(info)
     for (number, etag, _), info in zip(listed[:-1], parts, strict=False):
         if info.size < min_bytes:
-            raise S3Error(
-                "EntityTooSmall", PartNumber=number, ETag=etag, ProposedSize=info.size,
-                MinSizeAllowed=min_bytes,
-            )
+            sizes = {"ProposedSize": info.size, "MinSizeAllowed": min_bytes}
+            raise S3Error("EntityTooSmall", PartNumber=number, ETag=etag, **sizes)
     return parts
 
 
 def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, str]:
     """The checksum of the whole from those of its parts: COMPOSITE is the checksum of their
-    checksums with their number behind it, FULL_OBJECT what the algorithm gives for the bytes of all
-    of them."""
+    checksums with their number behind it, FULL_OBJECT the one of all their bytes."""
     if not upload.algorithm:
         return {}
     values = [base64.b64decode(part.checksums[upload.algorithm]) for part in parts]
@@ -2463,32 +2363,19 @@ def combine_checksums(upload: Upload, parts: Sequence[ObjectInfo]) -> dict[str, 
     return {upload.algorithm: base64.b64encode(whole.to_bytes(crc.width // 8, "big")).decode()}
 
 
-def finish_upload(
-    store: Store, upload: Upload, parts: Sequence[ObjectInfo], condition: Condition
-) -> ObjectInfo:
-    """Make the object of these parts, then discard the upload."""
+def finished_info(upload: Upload, parts: Sequence[ObjectInfo]) -> ObjectInfo:
+    """What the object of these parts is, but for the time."""
     kept = (PartInfo(part.size, part.checksums.get(upload.algorithm, "")) for part in parts)
-    described = ObjectInfo(
-        key=upload.key,
-        size=sum(part.size for part in parts),
-        etag=multipart_etag(part.etag for part in parts),
-        modified=0.0,  # the store says when
-        headers=upload.headers,
-        checksums=combine_checksums(upload, parts),
-        checksum_type=upload.checksum_type,
-        parts=tuple(kept),
-        upload_id=upload.id,
+    return ObjectInfo(
+        upload.key, sum(part.size for part in parts), multipart_etag(parts), 0.0, upload.headers,
+        combine_checksums(upload, parts), upload.checksum_type, tuple(kept), upload.id,
     )
-    info = store.concatenate(upload.bucket, upload.key, parts, described, condition)
-    discard_upload(store, upload)
-    return info
 
 
 # ===== 9 Operations =====
 # Each is operation(store, request) -> Response, named as in the S3 API reference.
 
 OWNER = xml(ID=hashlib.sha256(b"zs3").hexdigest(), DisplayName="zs3")  # of every bucket and object
-DEFAULT_HEADERS = {"content-type": "binary/octet-stream"}
 STORED_HEADERS = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
     "expires",
@@ -2575,16 +2462,15 @@ def list_buckets(store: Store, request: Request) -> Response:
     asked = query.get("max-buckets", str(MAX_PAGE_BUCKETS))
     limit = parse_integer(asked, "max-buckets", 1, MAX_PAGE_BUCKETS)
     prefix, after = query.get("prefix", ""), decode_token(query.get("continuation-token", ""))
-    found = [info for info in store.list_buckets() if info.name.startswith(prefix)]
-    found = [info for info in found if info.name >= after]
+    found = [
+        info for info in store.list_buckets() if info.name.startswith(prefix) and info.name >= after
+    ]
     shown = [
         xml(Name=info.name, CreationDate=iso_date(info.created), BucketRegion=region)
         for info in found[:limit]
     ]
     return document(
-        "ListAllMyBucketsResult",
-        Owner=OWNER,
-        Buckets=xml(Bucket=shown),
+        "ListAllMyBucketsResult", Owner=OWNER, Buckets=xml(Bucket=shown),
         ContinuationToken=encode_token(found[limit].name) if len(found) > limit else None,
         Prefix=prefix or None,
     )
@@ -2613,10 +2499,17 @@ def delete_bucket(store: Store, request: Request) -> Response:
     return Response(204)
 
 
+GRANTEE = Xml(
+    '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">'
+    f"{OWNER}</Grantee>"
+)
+GRANT = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))  # to the owner, none to others
 # Sub-resource -> what GET answers where nothing is configured: an error code, or root and fields.
 Configuration = str | tuple[str, dict[str, object]]
+ACL: Configuration = ("AccessControlPolicy", {"Owner": OWNER, "AccessControlList": GRANT})
 BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
     "accelerate": ("AccelerateConfiguration", {}),
+    "acl": ACL,
     "cors": "NoSuchCORSConfiguration",
     "encryption": "ServerSideEncryptionConfigurationNotFoundError",
     "lifecycle": "NoSuchLifecycleConfiguration",
@@ -2635,41 +2528,25 @@ BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
     "website": "NoSuchWebsiteConfiguration",
 }
 OBJECT_CONFIGURATIONS: dict[str, Configuration] = {
+    "acl": ACL,
     "legal-hold": "NoSuchObjectLockConfiguration",
     "retention": "NoSuchObjectLockConfiguration",
     "tagging": ("Tagging", {"TagSet": Xml()}),
 }
-GRANTEE = Xml(
-    '<Grantee xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:type="CanonicalUser">'
-    f"{OWNER}</Grantee>"
-)
 
 
 def get_configuration(store: Store, request: Request) -> Response:
-    """GET ?location, ?tagging and the like: what S3 says of a bucket or object that has none of
-    it."""
-    require(store, request)
+    """GET ?location, ?acl and the like: what S3 says of a bucket or object that has none of it."""
+    if request.key:
+        store.stat_object(request.bucket, request.key)
+    else:
+        store.stat_bucket(request.bucket)
     table = OBJECT_CONFIGURATIONS if request.key else BUCKET_CONFIGURATIONS
     answer = next(answer for name, answer in table.items() if name in request.query)
     if isinstance(answer, str):
         raise S3Error(answer, BucketName=request.bucket)
     root, fields = answer
     return document(root, **fields)
-
-
-def get_acl(store: Store, request: Request) -> Response:
-    """GET ?acl of a bucket or an object: its owner may do everything, nobody else anything."""
-    require(store, request)
-    grant = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))
-    return document("AccessControlPolicy", Owner=OWNER, AccessControlList=grant)
-
-
-def require(store: Store, request: Request) -> None:
-    """NoSuchBucket or NoSuchKey unless the bucket or object of the request is there."""
-    if request.key:
-        store.stat_object(request.bucket, request.key)
-    else:
-        store.stat_bucket(request.bucket)
 
 
 # --- Listing ---
@@ -2702,8 +2579,7 @@ def common_prefix(key: str, prefix: str, delimiter: str) -> str:
 
 
 def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
-    """Where a listing begins that continues after `marker`, a key or a common prefix; None at the
-    end."""
+    """Where a listing begins that continues after a key or a common prefix; None at the end."""
     if marker and marker.startswith(prefix) and common_prefix(marker, prefix, delimiter) == marker:
         return successor(marker)
     return marker + "\0" if marker else ""
@@ -2734,8 +2610,7 @@ def list_page(
 
 
 def encode_token(start: str) -> str:
-    """A continuation token: a position in the order of keys, made unreadable so that none rely on
-    it."""
+    """A continuation token: a position in the order of keys, unreadable lest anyone rely on it."""
     return base64.urlsafe_b64encode(start.encode()).decode()
 
 
@@ -2753,22 +2628,23 @@ class ListQuery:
 
     def __init__(self, request: Request, limit_name: str) -> None:
         query = request.query
+        self.bucket = request.bucket
         self.prefix, self.delimiter = query.get("prefix", ""), query.get("delimiter", "")
         self.limit = page_limit(query.get(limit_name, ""), limit_name)
         encoding = query.get("encoding-type", "")
         if encoding not in ("", "url"):
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
         self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
-        self.limit_name = limit_name
         self.fields: dict[str, object] = {
-            "Prefix": self.show(self.prefix),
-            "Delimiter": self.show(self.delimiter) if self.delimiter else None,
+            "Prefix": self.show(self.prefix), "Delimiter": self.show(self.delimiter) or None,
             "EncodingType": encoding or None,
         }
 
-    def common_prefixes(self, prefixes: Sequence[str]) -> list[Xml]:
-        """The contents of <CommonPrefixes> elements."""
-        return [xml(Prefix=self.show(prefix)) for prefix in prefixes]
+    def page(self, store: Store, start: str | None) -> Page:
+        """The page of objects from `start`: NoSuchBucket."""
+        store.stat_bucket(self.bucket)
+        scan = functools.partial(store.scan, self.bucket, self.prefix, delimiter=self.delimiter)
+        return list_page(scan, self.prefix, self.delimiter, start, self.limit)
 
 
 def page_limit(text: str, name: str) -> int:
@@ -2780,7 +2656,7 @@ def list_objects(store: Store, request: Request) -> Response:
     """GET /bucket: version 1, in which a page continues after a marker."""
     query = ListQuery(request, "max-keys")
     marker = request.query.get("marker", "")
-    page = read_page(store, request, query, start_after(marker, query.prefix, query.delimiter))
+    page = query.page(store, start_after(marker, query.prefix, query.delimiter))
     following = query.show(page.last) if page.next_start is not None and query.delimiter else None
     fields = {"Marker": query.show(marker), "NextMarker": following}
     return listing(request, query, page, fields, OWNER)
@@ -2795,26 +2671,15 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     if token == "":
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect")
     start = decode_token(token) if token else start_after(after, query.prefix, query.delimiter)
-    page = read_page(store, request, query, start)
+    page = query.page(store, start)
     following = encode_token(page.next_start) if page.next_start is not None else None
     fields = {
         "KeyCount": len(page.contents) + len(page.prefixes),
-        "StartAfter": query.show(after) if after else None,
-        "ContinuationToken": token,
-        "NextContinuationToken": following,
+        "StartAfter": query.show(after) or None,
+        "ContinuationToken": token, "NextContinuationToken": following,
     }
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
     return listing(request, query, page, fields, owner)
-
-
-def read_page(store: Store, request: Request, query: ListQuery, start: str | None) -> Page:
-    """The page of objects that a request asks for, from `start`."""
-    store.stat_bucket(request.bucket)
-
-    def scan(position: str) -> Iterator[ObjectInfo]:
-        return store.scan(request.bucket, query.prefix, position, query.delimiter)
-
-    return list_page(scan, query.prefix, query.delimiter, start, query.limit)
 
 
 def listing(
@@ -2832,7 +2697,7 @@ def listing(
     return document(
         "ListBucketResult", Name=request.bucket, **query.fields, **fields, MaxKeys=query.limit,
         IsTruncated=page.next_start is not None, Contents=contents,
-        CommonPrefixes=query.common_prefixes(page.prefixes),
+        CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in page.prefixes],
     )
 
 
@@ -2848,8 +2713,7 @@ def put_object(store: Store, request: Request) -> Response:
 
 
 def check_upload(request: Request) -> None:
-    """What PutObject and UploadPart have in common: a length, checksums, nothing that is not
-    here."""
+    """What PutObject and UploadPart need: a length, checksums, nothing that is not here."""
     refuse_headers(request.headers)
     if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
         raise S3Error("MissingContentLength")
@@ -2897,11 +2761,8 @@ def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
     """What GET and HEAD say of an object. `response-*` parameters replace stored headers."""
     headers = {
-        "Last-Modified": http_date(int(info.modified)),
-        "ETag": quoted(info.etag),
-        "Accept-Ranges": "bytes",
-        **DEFAULT_HEADERS,
-        **info.headers,
+        "Last-Modified": http_date(int(info.modified)), "ETag": quoted(info.etag),
+        "Accept-Ranges": "bytes", "content-type": "binary/octet-stream", **info.headers,
     }
     for name in STORED_HEADERS if request.query else ():
         if (value := request.query.get(f"response-{name}")) is not None:
@@ -2930,25 +2791,22 @@ def not_modified(headers: Mapping[str, str], info: ObjectInfo) -> bool:
 
 
 def chosen_range(request: Request, info: ObjectInfo) -> tuple[int, int] | None:
-    """Start and length by Range or partNumber; None for the whole. InvalidRange,
-    InvalidPartNumber."""
+    """Start and length by Range or partNumber, None for all. InvalidRange, InvalidPartNumber."""
     text, number = request.headers.get("range"), request.query.get("partNumber")
     if number is None:
-        return parse_range(text, info.size) if text and range_applies(request, info) else None
+        # If-Range: a range of another state of the object is of no use. (RFC 9110, 13.1.5)
+        if text and request.headers.get("if-range") in (
+            None, quoted(info.etag), http_date(int(info.modified))
+        ):
+            return parse_range(text, info.size)
+        return None
     if text is not None:
         raise S3Error("InvalidRequest", "Cannot specify both Range and partNumber.")
-    wanted, count = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER), max(len(info.parts), 1)
-    if wanted > count:
-        raise S3Error("InvalidPartNumber", ActualPartCount=count, PartNumberRequested=wanted)
-    if not info.parts:
-        return 0, info.size
-    return sum(part.size for part in info.parts[: wanted - 1]), info.parts[wanted - 1].size
-
-
-def range_applies(request: Request, info: ObjectInfo) -> bool:
-    """If-Range: a range of another state of the object is of no use (RFC 9110, 13.1.5)."""
-    wanted = request.headers.get("if-range")
-    return wanted in (None, quoted(info.etag), http_date(int(info.modified)))
+    wanted = parse_integer(number, "partNumber", 1, MAX_PART_NUMBER)
+    sizes = [part.size for part in info.parts] or [info.size]
+    if wanted > len(sizes):
+        raise S3Error("InvalidPartNumber", ActualPartCount=len(sizes), PartNumberRequested=wanted)
+    return sum(sizes[: wanted - 1]), sizes[wanted - 1]
 
 
 def delete_object(store: Store, request: Request) -> Response:
@@ -2998,11 +2856,8 @@ def get_object_attributes(store: Store, request: Request) -> Response:
     info = store.stat_object(request.bucket, request.key)
     parts = object_parts(request, info) if "ObjectParts" in wanted and info.parts else None
     attributes = {
-        "ETag": info.etag,
-        "Checksum": xml(**checksum_fields(info)) if info.checksums else None,
-        "ObjectParts": parts,
-        "StorageClass": "STANDARD",
-        "ObjectSize": info.size,
+        "ETag": info.etag, "Checksum": xml(**checksum_fields(info)) or None, "ObjectParts": parts,
+        "StorageClass": "STANDARD", "ObjectSize": info.size,
     }
     if not wanted <= attributes.keys():
         names = ", ".join(attributes)
@@ -3047,8 +2902,7 @@ def copy_source(request: Request) -> tuple[str, str]:
 
 
 def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Content]:
-    """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for just what was
-    opened."""
+    """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for it."""
     prefix = "x-amz-copy-source-"
     headers = {k[len(prefix) :]: v for k, v in request.headers.items() if k.startswith(prefix)}
     info, content = store.open_object(*copy_source(request))
@@ -3074,8 +2928,7 @@ def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
 
 
 def copy_object(store: Store, request: Request) -> Response:
-    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum the source has
-    not."""
+    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum it lacks."""
     refuse_headers(request.headers)
     algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
     request.body.read_all(0)
@@ -3084,7 +2937,7 @@ def copy_object(store: Store, request: Request) -> Response:
         wanted, condition = copied_info(request, source), write_condition(request)
         if algorithm and algorithm not in source.checksums:
             body = Body(ContentReader(content, 0, source.size), source.size, source.size)
-            body.compute(algorithm)
+            body.wanted.add(algorithm)
             info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
         else:
             info = store.copy_object(wanted, content, request.bucket, request.key, condition)
@@ -3110,20 +2963,16 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     kind = request.header("x-amz-checksum-type").upper() or kinds[0]
     if kind not in kinds:
         raise S3Error("InvalidRequest", f"The type {kind} does not go with {algorithm or 'none'}.")
-    headers = stored_headers(request.headers)
-    upload = Upload(new_upload_id(), request.bucket, request.key, 0.0, algorithm, kind, headers)
-    start_upload(store, upload)
-    names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload.id}
+    described = {"zs3-key": request.key, "zs3-algorithm": algorithm, "zs3-checksum-type": kind}
+    upload_id = f"{time.time_ns():016x}{secrets.token_hex(8)}"  # in the order of time
+    key, headers = f"{request.bucket}/{upload_id}/00000", stored_headers(request.headers)
+    store.put_object(UPLOADS, key, Body(io.BytesIO(), 0), headers | described, NO_CONDITION)
+    names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload_id}
     response = document("InitiateMultipartUploadResult", **names)
     if algorithm:
         response.headers["x-amz-checksum-algorithm"] = algorithm
         response.headers["x-amz-checksum-type"] = kind
     return response
-
-
-def requested_upload(store: Store, request: Request) -> Upload:
-    """The upload that a request names: NoSuchUpload."""
-    return find_upload(store, request.bucket, request.key, request.query["uploadId"])
 
 
 def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
@@ -3137,15 +2986,15 @@ def upload_part(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId."""
     check_upload(request)
     upload, key = requested_part(store, request)
-    given = request.body.computed() - {upload.algorithm}
+    given = CHECKSUMS.keys() & request.body.wanted - {upload.algorithm}
     if upload.algorithm and given:
         expected = f"expected checksum Type: {upload.algorithm}, actual: {', '.join(given)}"
         raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
     if upload.algorithm:
-        request.body.compute(upload.algorithm)
+        request.body.wanted.add(upload.algorithm)
     info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
-    info = replace(info, checksum_type="")  # that is for whole objects
-    return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
+    headers = checksum_headers(replace(info, checksum_type=""))  # that is for whole objects
+    return Response(200, {"ETag": quoted(info.etag)} | headers)
 
 
 def upload_part_copy(store: Store, request: Request) -> Response:
@@ -3158,7 +3007,7 @@ def upload_part_copy(store: Store, request: Request) -> Response:
         start, length = copied_range(request, source)
         body = Body(ContentReader(content, start, length), length)
         if upload.algorithm:
-            body.compute(upload.algorithm)
+            body.wanted.add(upload.algorithm)
         info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
     return copy_result("CopyPartResult", replace(info, checksum_type=""))
 
@@ -3211,10 +3060,12 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     try:
         upload = requested_upload(store, request)
         parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
-        check_whole_object(request, upload, parts)
-        info = finish_upload(store, upload, parts, write_condition(request))
+        info, condition = finished_info(upload, parts), write_condition(request)
+        check_whole_object(request, upload, info)
+        info = store.concatenate(request.bucket, request.key, parts, info, condition)
+        discard_upload(store, upload)
     except S3Error as error:
-        if error.code not in ("NoSuchUpload", "InvalidPart"):
+        if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
             raise
         info = already_completed(store, request, listed, error)
     path = f"{request.bucket}/{uri_encode(request.key, '/')}"
@@ -3224,9 +3075,9 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     )
 
 
-def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectInfo]) -> None:
+def check_whole_object(request: Request, upload: Upload, info: ObjectInfo) -> None:
     """x-amz-mp-object-size and the x-amz-checksum-* of the whole object, where they are given."""
-    size = sum(part.size for part in parts)
+    size, whole = info.size, info.checksums
     declared = request.headers.get("x-amz-mp-object-size", str(size))
     if parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
         raise S3Error("InvalidRequest", f"The parts have {size} bytes, not x-amz-mp-object-size.")
@@ -3234,7 +3085,6 @@ def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectI
     if kind and kind != upload.checksum_type:
         created = upload.checksum_type or "null"
         raise S3Error("InvalidRequest", f"The upload was created with the checksum type {created}.")
-    whole = combine_checksums(upload, parts)
     for name, value in declared_checksums(request.headers).items():
         if name != upload.algorithm or value.partition("-")[0] != whole[name].partition("-")[0]:
             raise S3Error("BadDigest", f"The {name} you specified did not match what we received.")
@@ -3243,14 +3093,12 @@ def check_whole_object(request: Request, upload: Upload, parts: Sequence[ObjectI
 def already_completed(
     store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
 ) -> ObjectInfo:
-    """The object that an earlier Complete of the same upload with the same list made; else
-    `error`."""
+    """The object that an earlier Complete with the same list made; else raises `error`."""
     try:
         info = store.stat_object(request.bucket, request.key)
     except S3Error:
         raise error from None
-    etag = multipart_etag(part.etag for part in listed)
-    if (info.upload_id, info.etag) != (request.query["uploadId"], etag):
+    if (info.upload_id, info.etag) != (request.query["uploadId"], multipart_etag(listed)):
         raise error
     return info
 
@@ -3279,7 +3127,7 @@ def list_multipart_uploads(store: Store, request: Request) -> Response:
         UploadIdMarker=id_marker, NextKeyMarker=query.show(following[0]) if following else None,
         NextUploadIdMarker=following[1] if following else None, **query.fields,
         MaxUploads=query.limit, IsTruncated=following is not None, Upload=uploads,
-        CommonPrefixes=query.common_prefixes(prefixes),
+        CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in prefixes],
     )
 
 
@@ -3336,11 +3184,9 @@ ROUTES = (
     Route("GET", BUCKET, ("list-type",), list_objects_v2, READ),
     Route("GET", BUCKET, (), list_objects, READ),
     Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
-    Route("GET", BUCKET, ("acl",), get_acl, READ),
     *(Route("GET", BUCKET, (name,), get_configuration, READ) for name in BUCKET_CONFIGURATIONS),
     Route("POST", BUCKET, ("delete",), delete_objects, WRITE),
     Route("GET", OBJECT, ("attributes",), get_object_attributes, READ),
-    Route("GET", OBJECT, ("acl",), get_acl, READ),
     *(Route("GET", OBJECT, (name,), get_configuration, READ) for name in OBJECT_CONFIGURATIONS),
     Route("GET", OBJECT, ("uploadId",), list_parts_page, READ),
     Route("GET", OBJECT, ("partNumber",), get_object, READ),
@@ -3380,9 +3226,7 @@ def find_route(request: Request) -> Route:
     """The row of ROUTES for a request: NotImplemented, MethodNotAllowed, NoSuchVersion."""
     resource = OBJECT if request.key else BUCKET if request.bucket else SERVICE
     asked = {
-        name
-        for name, value in request.query.items()
-        if name in SUBRESOURCES
+        name for name, value in request.query.items() if name in SUBRESOURCES
         or not (value or name in PARAMETERS or name.startswith("X-Amz-"))
     }
     if request.query.get("versionId", "null") not in ("", "null"):
@@ -3406,10 +3250,11 @@ def check_permission(request: Request, permission: str) -> None:
         raise S3Error("AccessDenied")
 
 
+HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
+
+
 class Service:
     """Answers requests: everything between a parsed head and a Response."""
-
-    HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
@@ -3438,7 +3283,7 @@ class Service:
             return preflight(request)
         request.bucket, request.key = address(request)
         anonymous = "authorization" not in request.headers and not request.query
-        if anonymous and request.path in self.HEALTH_PATHS and request.method in ("GET", "HEAD"):
+        if anonymous and request.path in HEALTH_PATHS and request.method in ("GET", "HEAD"):
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
@@ -3482,18 +3327,14 @@ def cors_headers(request: Request) -> dict[str, str]:
 
 
 def preflight(request: Request) -> Response:
-    """OPTIONS: a browser asks, unsigned, whether a page may send a request. AccessForbidden if
-    not."""
+    """OPTIONS: a browser asks, unsigned, whether a page may send a request; AccessForbidden."""
     if not cors_headers(request) or "access-control-request-method" not in request.headers:
         raise S3Error("AccessForbidden")
-    return Response(
-        200,
-        {
-            "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
-            "Access-Control-Allow-Headers": request.header("access-control-request-headers") or "*",
-            "Access-Control-Max-Age": "3600",
-        },
-    )
+    return Response(200, {
+        "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
+        "Access-Control-Allow-Headers": request.header("access-control-request-headers") or "*",
+        "Access-Control-Max-Age": "3600",
+    })
 
 
 # ===== 11 HTTP server =====
@@ -3511,9 +3352,7 @@ class Wire:
         RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
         deadline = 0.0
         self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
-        while (end := self._rest.find(b"\r\n\r\n")) < 0:
-            if len(self._rest) > MAX_HEAD_BYTES:
-                raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+        while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
             received = self._connection.recv(MAX_HEAD_BYTES)
             if not received:
                 return b""
@@ -3522,10 +3361,9 @@ class Wire:
             deadline = deadline or now + SOCKET_SECONDS
             if now > deadline:
                 raise S3Error("RequestTimeout")
-        end += 4
-        head, self._rest = self._rest[:end], self._rest[end:]
-        if len(head) > MAX_HEAD_BYTES:
+        if end < 0 or end + 4 > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
+        head, self._rest = self._rest[: end + 4], self._rest[end + 4 :]
         return head
 
     def readinto(self, view: memoryview) -> int:
@@ -3555,44 +3393,6 @@ def write_line(text: str) -> None:
         os.write(2, text.encode("ascii", "replace") + b"\n")
 
 
-class AccessLog:
-    """One line a request on standard error: the combined format of web servers with seconds and
-    request id behind it, or JSON."""
-
-    def __init__(self, style: str) -> None:
-        self._write = {"text": self._text, "json": self._json, "": self._nothing}[style]
-
-    def __call__(self, request: Request, status: int, length: int, seconds: float) -> None:
-        """Write the line. `length` is that of the body sent, in bytes."""
-        self._write(request, status, length, seconds)
-
-    def _nothing(self, request: Request, status: int, length: int, seconds: float) -> None:
-        """--quiet."""
-
-    def _text(self, request: Request, status: int, length: int, seconds: float) -> None:
-        now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
-        who = request.credential.access if request.credential else "-"
-        agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
-        line = f"{request.method} {logged_target(request)} {request.version}"
-        told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
-        write_line(f"{request.client} - {who} [{now}] {told}")
-
-    def _json(self, request: Request, status: int, length: int, seconds: float) -> None:
-        entry = {
-            "time": iso_date(time.time()),
-            "client": request.client,
-            "access_key": request.credential.access if request.credential else None,
-            "method": request.method,
-            "target": logged_target(request),
-            "status": status,
-            "bytes": length,
-            "seconds": round(seconds, 6),
-            "agent": request.header("user-agent"),
-            "request_id": request.id,
-        }
-        write_line(json.dumps(entry))
-
-
 def logged_target(request: Request) -> str:
     """Path and query without the signature of a presigned URL, which is as good as a password."""
     pieces = [piece.partition("=") for piece in request.raw_query.split("&")]
@@ -3602,13 +3402,37 @@ def logged_target(request: Request) -> str:
     return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
 
 
-REASONS = {status.value: status.phrase for status in HTTPStatus}
+def log_text(request: Request, status: int, length: int, seconds: float) -> str:
+    """The combined format of web servers, with seconds and request id behind it."""
+    now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    who = request.credential.access if request.credential else "-"
+    agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
+    line = f"{request.method} {logged_target(request)} {request.version}"
+    told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
+    return f"{request.client} - {who} [{now}] {told}"
+
+
+def log_json(request: Request, status: int, length: int, seconds: float) -> str:
+    """The same as JSON."""
+    entry = {
+        "time": iso_date(time.time()), "client": request.client,
+        "access_key": request.credential.access if request.credential else None,
+        "method": request.method, "target": logged_target(request), "status": status,
+        "bytes": length, "seconds": round(seconds, 6), "agent": request.header("user-agent"),
+        "request_id": request.id,
+    }
+    return json.dumps(entry)
+
+
+# --log-format -> the line that a request leaves on standard error, from status, bytes and seconds.
+LogFormat = Callable[[Request, int, int, float], str]
+LOG_FORMATS: dict[str, LogFormat] = {"text": log_text, "json": log_json}
 
 
 def render_head(request: Request, response: Response, keep: bool) -> bytes:
     """Status line and headers. `keep`: whether the connection stays open."""
     lines = [
-        f"HTTP/1.1 {response.status} {REASONS.get(response.status, '')}",
+        f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}",
         f"Server: zs3/{VERSION}",
         f"Date: {http_date(int(time.time()))}",
         f"x-amz-request-id: {request.id}",
@@ -3625,9 +3449,8 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. Requests are parsed here, not by http.server: its parser takes several times
-    as long, squeezes the slashes that a signature covers, and takes heads that can be read in two
-    ways."""
+    """One connection. Requests are not parsed by http.server: its parser takes several times as
+    long, squeezes slashes that a signature covers, and takes heads that can be read two ways."""
 
     server: Server
     disable_nagle_algorithm = True
@@ -3663,7 +3486,10 @@ class Handler(BaseHTTPRequestHandler):
                 response = self._respond(request)
                 return self._finish(request, response, began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
-            request = self._request("-", "-", "", "HTTP/1.1", {}, WireBody(self.wire, 0))
+            request = Request(
+                "-", "-", "", {}, self.server.service.settings, client=self.client_address[0],
+                id=self.server.new_id(),
+            )
             request.wire.failed = True
             self._finish(request, error_response(request, error), began)
             self._linger()
@@ -3676,21 +3502,11 @@ class Handler(BaseHTTPRequestHandler):
         if "expect" in headers and version == "HTTP/1.1":
             if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
-            proceed = self._send_continue
-        wire = WireBody(self.wire, length, proceed)
-        return self._request(method, path, raw_query, version, headers, wire)
-
-    def _request(
-        self, method: str, path: str, raw_query: str, version: str, headers: dict[str, str],
-        wire: WireBody,
-    ) -> Request:
+            proceed = functools.partial(self.connection.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(
             method, path, raw_query, headers, self.server.service.settings, version,
-            self.client_address[0], self.server.new_id(), wire=wire,
+            self.client_address[0], self.server.new_id(), wire=WireBody(self.wire, length, proceed),
         )
-
-    def _send_continue(self) -> None:
-        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _respond(self, request: Request) -> Response:
         try:
@@ -3704,20 +3520,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _finish(self, request: Request, response: Response, began: float) -> bool:
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
-        keep = request.wire.ended and not (request.wire.failed or request.wire.waits)
-        asked = request.header("connection").lower()
-        old = request.version == "HTTP/1.0"
-        keep = keep and (asked == "keep-alive" if old else "close" not in asked)
-        keep = keep and not self.server.stopping
-        length = 0
+        asked, length = request.header("connection").lower(), 0
+        keep = (
+            request.wire.ended and not (request.wire.failed or request.wire.proceed)
+            and (asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked)
+            and not self.server.stopping
+        )
         try:
             length = self._send(request, response, keep)
         finally:
             if isinstance(response.body, Stream):
                 response.body.content.close()
-            if request.bucket != "_zs3" or request.path in Service.HEALTH_PATHS:
-                self.server.log(request, response.status, length, time.monotonic() - began)
-        if not request.wire.ended and not request.wire.waits:
+            of_peer = request.bucket == "_zs3" and request.path not in HEALTH_PATHS
+            if self.server.log and not of_peer:
+                seconds = time.monotonic() - began
+                write_line(self.server.log(request, response.status, length, seconds))
+        if not request.wire.ended and not request.wire.proceed:
             self._linger()
         return keep
 
@@ -3735,36 +3553,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
-        content, start, length = body
-        if isinstance(content, FileContent) and length > SMALL_BYTES and hasattr(os, "sendfile"):
-            self.connection.sendall(head, socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0)
-            sent = self._send_file(content, start, length)
+        content, start, left = body
+        if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
+            self.connection.sendall(head, getattr(socket, "MSG_MORE", 0))
+            out, file = self.connection.fileno(), content.file
+            while left and (count := os.sendfile(out, file, start, min(left, GiB))):
+                start += count
+                left -= count
         else:
-            sent = 0
-            for data in content.chunks(start, length):
+            for data in content.chunks(start, left):
                 self.connection.sendall(head + data if head else data)
                 head = b""
-                sent += len(data)
+                left -= len(data)
             if head:
                 self.connection.sendall(head)
-        if sent != length:
+        if left:
             LOG.warning("an object was cut short while it was sent")
             raise ConnectionError  # all that is left to say so
 
-    def _send_file(self, content: FileContent, start: int, length: int) -> int:
-        """Have the kernel send a range of a file; the number of bytes, fewer if it is cut short."""
-        sent = 0
-        while sent < length:
-            left = min(length - sent, GiB)
-            count = os.sendfile(self.connection.fileno(), content.fileno(), start + sent, left)
-            if not count:
-                break
-            sent += count
-        return sent
-
     def _linger(self) -> None:
-        """Read on for a while what a client is still sending, so that it reads our answer rather
-        than that the connection was reset. (RFC 9112, 9.6)"""
+        """Read on for a while what a client is still sending, lest it see a reset connection and
+        not our answer. (RFC 9112, 9.6)"""
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
         with contextlib.suppress(OSError):  # the client has gone, or does not stop
@@ -3776,12 +3585,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections on a listening socket, which processes may share, and gives each a
-    thread."""
+    """Gives each connection to a listening socket, which processes may share, a thread."""
 
     daemon_threads = True
 
-    def __init__(self, listener: socket.socket, service: Service, log: AccessLog) -> None:
+    def __init__(self, listener: socket.socket, service: Service, log: LogFormat | None) -> None:
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -3857,15 +3665,9 @@ class Server(ThreadingHTTPServer):
             self._idle.wait_for(lambda: not self._under_way, SHUTDOWN_SECONDS)
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. `port` 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
-
-
 # ===== 12 Command line =====
 
-DEFAULT_CREDENTIAL = ("minioadmin", "minioadmin")
+DEFAULT_SECRET = "minioadmin"
 EPILOG = """\
 Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by
 ZS3_QUIET=1. MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are the admin's keys where there is no --acl.
@@ -3891,11 +3693,9 @@ def parse_names(text: str) -> list[str]:
 
 def parse_buckets(text: str) -> list[str]:
     """Bucket names separated by commas."""
-    names = parse_names(text)
-    for name in names:
-        if not is_bucket_name(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is no bucket name")
-    return names
+    if wrong := [name for name in parse_names(text) if not is_bucket_name(name)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no bucket name")
+    return parse_names(text)
 
 
 def parse_acl(text: str) -> list[Credential]:
@@ -3913,11 +3713,11 @@ def parse_acl(text: str) -> list[Credential]:
     return credentials
 
 
-def parse_log_format(text: str) -> str:
-    """text or json."""
-    if text not in ("text", "json"):
+def parse_log_format(text: str) -> LogFormat:
+    """A row of LOG_FORMATS."""
+    if text not in LOG_FORMATS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
-    return text
+    return LOG_FORMATS[text]
 
 
 def bounded(low: int, high: int) -> Callable[[str], int]:
@@ -3932,8 +3732,7 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
 
 
 class Option(NamedTuple):
-    """A row of the command line. A `kind` of bool is a switch; any other parses the value's
-    text."""
+    """A row of the command line. A `kind` of bool is a switch; any other parses the text."""
 
     group: str
     name: str
@@ -3986,11 +3785,8 @@ OPTIONS = (
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, and the environment for what is not there."""
     parser = argparse.ArgumentParser(
-        prog="zs3",
-        description="S3-compatible object storage on plain files.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="zs3", description="S3-compatible object storage on plain files.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"zs3 {VERSION}")
     groups = {title: parser.add_argument_group(title) for title in (SERVER, CLUSTER)}
@@ -4013,22 +3809,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose_credentials(args: argparse.Namespace) -> dict[str, Credential]:
-    """By access key: from --acl, from MinIO's variables, or the default."""
-    credentials = args.acl
-    if not credentials:
-        access = os.environ.get("MINIO_ROOT_USER") or DEFAULT_CREDENTIAL[0]
-        secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_CREDENTIAL[1]
-        credentials = [Credential("admin", access, secret)]
-    return {each.access: each for each in credentials}
+def choose_credentials(args: argparse.Namespace) -> Credentials:
+    """From --acl, from MinIO's variables, or the default."""
+    access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
+    secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
+    return {each.access: each for each in args.acl or [Credential("admin", access, secret)]}
 
 
-def well_known(credentials: Mapping[str, Credential]) -> bool:
+def well_known(credentials: Credentials) -> bool:
     """Whether anyone could know a secret, since it is the default one."""
-    return any(each.secret == DEFAULT_CREDENTIAL[1] for each in credentials.values())
+    return any(each.secret == DEFAULT_SECRET for each in credentials.values())
 
 
-def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> Store:
+def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
     """The store that the command line asks for."""
     if args.distributed:
         try:
@@ -4042,19 +3835,16 @@ def open_store(args: argparse.Namespace, credentials: dict[str, Credential]) -> 
 def check_health(args: argparse.Namespace) -> int:
     """--check: 0 if a server answers at --host and --port, else 1."""
     host = args.host if args.host not in ("", "0.0.0.0", "::") else "127.0.0.1"
-    connection = http.client.HTTPConnection(host, args.port, timeout=5)
-    try:
-        connection.request("GET", "/_zs3/health")
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        connection.close()
-    return 0 if status == 200 else 1
+    with contextlib.closing(http.client.HTTPConnection(host, args.port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/_zs3/health")
+            return 0 if connection.getresponse().status == 200 else 1
+        except (OSError, http.client.HTTPException) as error:
+            print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
+            return 1
 
 
-def print_banner(args: argparse.Namespace, credentials: Mapping[str, Credential]) -> None:
+def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
     """What a newcomer needs to know, on standard error."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
@@ -4081,20 +3871,15 @@ def sweep_uploads(store: Store, expiry: float) -> None:
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
-def serve(
-    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
-) -> int:
+def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT, and finish what is under way."""
     store = open_store(args, credentials)
     settings = Settings(
-        credentials=credentials,
-        public_read=frozenset(args.public_read),
-        cors_origins=tuple(args.cors_origin),
-        domain=args.domain,
-        min_part_bytes=args.min_part_size,
+        credentials, frozenset(args.public_read), tuple(args.cors_origin), args.domain,
+        args.min_part_size,
     )
     service = Service(store, settings)
-    server = Server(listener, service, AccessLog("" if args.quiet else args.log_format))
+    server = Server(listener, service, None if args.quiet else args.log_format)
     store.start()
     threading.Thread(target=prepare, args=(args, service), name="prepare", daemon=True).start()
     handle_signals(server.stop)
@@ -4132,7 +3917,7 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
 
 
 def serve_workers(
-    args: argparse.Namespace, credentials: dict[str, Credential], listener: socket.socket
+    args: argparse.Namespace, credentials: Credentials, listener: socket.socket
 ) -> int:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
     replaced; SIGTERM and SIGINT end all."""
@@ -4171,12 +3956,6 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def release_memory() -> None:
-    """Give back what compiling this module took, about 5 MB, where the C library is able to."""
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; the exit status."""
     args = parse_arguments(argv)
@@ -4186,9 +3965,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     credentials = choose_credentials(args)
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         what = f"listen on {host}:{args.port}"
-        listener = open_listener(host, args.port)
+        listener = socket.create_server((host, args.port), family=family, backlog=1024)
         what = f"use the folder {args.data_dir}"
         os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
     except OSError as error:
@@ -4197,7 +3977,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.host, args.port = listener.getsockname()[:2]
     args.data_dir = os.path.abspath(args.data_dir)
     raise_limits()
-    release_memory()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling this module took, about 5 MB
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is something to stop
     print_banner(args, credentials)
     run = serve_workers if args.workers > 1 else serve
