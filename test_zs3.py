@@ -8,7 +8,7 @@ STORES in turn.
     Harness · Signature Version 4 · Authentication · Buckets · Objects · Awkward keys
     Bodies and checksums · Conditions · Ranges · Copy · Listing · Multipart · DeleteObjects
     Probes and what is refused · Roles, anonymous read, CORS, virtual hosts · HTTP
-    Storage on disk · Command line · boto3 · Agreement
+    Storage on disk · Command line · boto3 · Distributed mode · Tools · Agreement
 
 Run: pytest
 """
@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import ast
 import base64
+import bisect
 import concurrent.futures
 import contextlib
 import datetime
 import hashlib
 import hmac
+import http.client
+import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -33,6 +37,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -40,7 +45,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import boto3
 import pytest
@@ -49,13 +54,31 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 import zs3
-
-try:
-    import zs3_dist
-except (
-    ImportError
-):  # not in this folder, or without blake3: then standalone is what there is to test
-    zs3_dist = None
+import zs3_dist
+from zs3 import S3Error
+from zs3_dist import (
+    Ask,
+    Cluster,
+    Contact,
+    DistributedStore,
+    Housekeeping,
+    Membership,
+    Message,
+    Node,
+    Pause,
+    Providers,
+    Registers,
+    Reply,
+    Rounds,
+    RoutingTable,
+    Value,
+    View,
+    lookup,
+    nearest,
+    node_hex,
+    pack,
+    parse_message,
+)
 
 HERE = Path(__file__).resolve().parent
 MISSING_KEY = "there/is/nothing/here"
@@ -5458,6 +5481,1375 @@ def test_boto3_errors(s3: Client, boto: Any) -> None:
             assert not code
         except ClientError as error:
             assert error.response["Error"]["Code"] == code
+
+
+# --- Distributed mode -----------------------------------------------------------------------------
+
+# --- A seeded network in one process: registers, views, garbage ---
+
+
+class StubBlocks:
+    """No disk in a simulation."""
+
+    def has(self, block: str) -> bool:
+        return False
+
+    touch = has
+
+
+class StubPeers:
+    def skipped(self, node: int) -> bool:
+        return False
+
+    def heard(self, node: int) -> None:
+        pass
+
+
+class SimCluster(Cluster):
+    """A Cluster whose network is `net`: calls by background jobs are atomic, and may get lost."""
+
+    def __init__(self, node: Node, net: Net) -> None:
+        super().__init__(node, StubPeers())  # type: ignore[arg-type]
+        self.net = net
+        self.rounds = Rounds(node.own.node, self.known_view, net.clock, net.pick)
+        self.joined.set()
+
+    def tell(self, name, message, contacts, enough=None, first=0, seconds=0.0):  # type: ignore[no-untyped-def]
+        replies = {}
+        for contact in dict.fromkeys(contacts):
+            answer = self.net.deliver(name, message, self.own, contact.node)
+            replies[contact.node] = Reply(200, pack(answer)) if answer is not None else Reply(0)
+        return replies
+
+    def run(self, steps):  # type: ignore[no-untyped-def]
+        try:
+            step = next(steps)
+            while True:
+                self.net.now += 0.05
+                step = steps.send({} if isinstance(step, Pause) else self.ask(step))
+        except StopIteration as end:
+            return end.value
+
+
+class Net:
+    """Nodes that can be cut off, and a clock that is the number of steps."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.pick = random.Random(seed)
+        self.now = 0.0
+        self.loss = 0.0
+        self.down: set[int] = set()
+        self.nodes: dict[int, Node] = {}
+        self.clusters: dict[int, SimCluster] = {}
+        self.late: list[tuple[str, Message, Contact, int]] = []
+        for _ in range(size):
+            self.add()
+        contacts = tuple(sorted(node.own for node in self.nodes.values()))
+        for node in self.nodes.values():
+            node.registers.install([View("0" * 16, 1, 3, contacts)])
+
+    def add(self) -> Node:
+        own = Contact(self.pick.getrandbits(160), f"sim:{len(self.nodes) + 1}")
+        node = Node(own, Registers(own.node, ":memory:"), StubBlocks(), self.clock)  # type: ignore[arg-type]
+        self.nodes[own.node] = node
+        self.clusters[own.node] = SimCluster(node, self)
+        return node
+
+    def clock(self) -> float:
+        return self.now
+
+    def deliver(self, name: str, message: Message, sender: Contact, to: int) -> Message | None:
+        """Through the wire's form, checks included; None when the message or the answer is lost."""
+        if to in self.down or sender.node in self.down or self.pick.random() < self.loss:
+            return None
+        if name == "views" and self.loss and self.pick.random() < 0.7:
+            return None  # so that there are stragglers
+        checked = parse_message(name, pack(message))
+        answer = json.loads(pack(self.nodes[to].answer(name, checked, sender)))
+        return None if self.pick.random() < self.loss else answer
+
+
+class Proposing:
+    """One operation as steps; each message is delivered at a time that the scheduler picks."""
+
+    def __init__(self, net: Net, at: Node, steps: Any) -> None:
+        self.net, self.at, self.steps = net, at, steps
+        self.waiting: list[Contact] = []
+        self.answers: dict[int, Message] = {}
+        self.ask: Ask | None = None
+        self.result: Any = None
+        self.error: S3Error | None = None
+        self.done = False
+        self._advance(None)
+
+    def _advance(self, answers: Any) -> None:
+        try:
+            step = self.steps.send(answers)
+        except StopIteration as end:
+            self.result, self.done = end.value, True
+            return
+        except S3Error as error:
+            self.error, self.done = error, True
+            return
+        if isinstance(step, Pause):
+            self.ask, self.waiting = None, []
+            return
+        self.ask, self.answers = step, {}
+        self.waiting = list(dict.fromkeys(c for group in step.groups for c in group))
+        self.net.pick.shuffle(self.waiting)
+
+    def tick(self) -> None:
+        net = self.net
+        if self.ask is None:
+            return self._advance({})
+        if self.at.own.node in net.down:
+            self.error, self.done = S3Error("SlowDown"), True  # the coordinator died
+            return
+        to = self.waiting.pop()
+        if net.pick.random() < 0.05:
+            net.late.append((self.ask.name, self.ask.message, self.at.own, to.node))
+        answer = net.deliver(self.ask.name, self.ask.message, self.at.own, to.node)
+        if answer and "views" in answer:
+            self.at.registers.adopt(map(View.from_json, answer["views"]))
+        if answer and "behind" in answer:
+            views = self.at.registers.views_after(answer["behind"])
+            net.deliver("views", {"views": views}, self.at.own, to.node)
+            answer = None
+        self.answers[to.node] = answer or {"failed": True}
+        if not self.waiting or self.ask.enough(self.answers):
+            for contact in self.waiting:
+                if net.pick.random() < 0.7:  # what was on its way arrives, later
+                    net.late.append((self.ask.name, self.ask.message, self.at.own, contact.node))
+            self._advance(self.answers)
+
+
+class Operation:
+    """One line of a history: what was asked, and between which ticks."""
+
+    def __init__(self, kind: str, begin: int, argument: str = "", expected: str = "") -> None:
+        self.kind, self.argument, self.expected = kind, argument, expected
+        self.begin, self.end, self.result = begin, math.inf, None
+
+    def __repr__(self) -> str:
+        return f"{self.kind}({self.argument}{self.expected})={self.result}@{self.begin}-{self.end}"
+
+
+def linearizable(history: list[Operation]) -> bool:
+    """Is there an order of a register's operations that respects time and gives each its result?
+
+    Operations without an end may or may not have happened. (Wing & Gong, 1993, with a memo)
+    """
+    seen = set()
+    todo: list[tuple[frozenset[int], str]] = [(frozenset(range(len(history))), "")]
+    while todo:
+        left, value = todo.pop()
+        if all(history[i].end == math.inf for i in left):
+            return True
+        if (left, value) in seen:
+            continue
+        seen.add((left, value))
+        first_end = min(history[i].end for i in left)
+        for i in left:
+            op = history[i]
+            if op.begin > first_end:
+                continue
+            after = apply(op, value)
+            if after is not None:
+                todo.append((left - {i}, after))
+    return False
+
+
+def apply(op: Operation, value: str) -> str | None:
+    """The register after `op`, None when its result would have been another."""
+    known = op.end != math.inf
+    if op.kind == "read":
+        return value if op.result == value else None
+    if op.kind == "write":
+        return op.argument
+    if op.kind == "create":  # If-None-Match: *
+        succeeds = value == ""
+    elif op.kind == "delete":
+        return ""
+    else:  # "swap": If-Match
+        succeeds = value == op.expected
+    if known and succeeds != op.result:
+        return None
+    return op.argument if succeeds else value
+
+
+def value_of(text: str) -> Value:
+    record = zs3.ObjectInfo("k", 1, text, 0.0).record()
+    return {"id": text.rjust(16, "0"), "info": record, "inline": ""}
+
+
+def text_of(value: Value | None) -> str:
+    return value["info"]["etag"] if value else ""
+
+
+class Run:
+    """Clients on all nodes at one register, while messages are lost and nodes come and go."""
+
+    def __init__(self, seed: int, size: int, loss: float) -> None:
+        self.net = Net(seed, size)
+        self.history: list[Operation] = []
+        self.active: list[tuple[Proposing, Operation]] = []
+        self.ticks = 0
+        self.serial = 0
+        create = self.clusters()[0]
+        bucket = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+        create.run(create.rounds.change("bucket", "", lambda current: bucket))
+        self.net.loss = loss
+
+    def clusters(self) -> list[SimCluster]:
+        return list(self.net.clusters.values())
+
+    def start(self) -> None:
+        at = self.net.pick.choice(
+            [n for n in self.net.nodes.values() if n.own.node not in self.net.down]
+        )
+        rounds = self.net.clusters[at.own.node].rounds
+        kind = self.net.pick.choice(["read", "read", "write", "create", "swap", "delete"])
+        self.serial += 1
+        op = Operation(kind, self.ticks, f"{self.serial:04x}" if kind != "read" else "")
+        last = next((o.argument for o in reversed(self.history) if o.argument), "")
+        op.expected = last if kind == "swap" else ""
+
+        def decide(current: Value | None) -> Value | None:
+            if kind == "delete":
+                return {"id": op.argument.rjust(16, "d")} if current else None
+            if (kind == "create" and current) or (
+                kind == "swap" and text_of(current) != op.expected
+            ):
+                raise S3Error("PreconditionFailed")
+            return value_of(op.argument)
+
+        steps = (
+            rounds.read("bucket", "k") if kind == "read" else rounds.change("bucket", "k", decide)
+        )
+        self.history.append(op)
+        self.active.append((Proposing(self.net, at, steps), op))
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self.net.now += 0.01
+        if self.net.late and self.net.pick.random() < 0.2:
+            late = self.net.late.pop(self.net.pick.randrange(len(self.net.late)))
+            self.net.deliver(*late)
+        client, op = self.net.pick.choice(self.active)
+        client.tick()
+        if client.done:
+            self.active.remove((client, op))
+            self.finish(client, op)
+
+    def finish(self, client: Proposing, op: Operation) -> None:
+        if client.error is None:
+            op.end = self.ticks
+            op.result = text_of(client.result[0]) if op.kind == "read" else True
+        elif client.error.code == "PreconditionFailed":
+            op.end, op.result = self.ticks, False
+        elif op.kind == "read" or client.error.code != "SlowDown":
+            assert client.error.code == "SlowDown", client.error
+            self.history.remove(op)  # a read without an answer says nothing
+
+    def drain(self) -> None:
+        while self.active:
+            self.tick()
+
+    def check(self) -> None:
+        assert linearizable(self.history), self.history
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_register_is_linearizable_under_lost_late_and_repeated_messages(size: int) -> None:
+    for seed in range(SEEDS // 2):
+        run = Run(seed, size, loss=seed % 4 * 0.06)
+        for _ in range(12):
+            while len(run.active) < 3:
+                run.start()
+            for _ in range(run.net.pick.randrange(25)):
+                if run.active:
+                    run.tick()
+        run.drain()
+        run.check()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_register_is_linearizable_while_nodes_die_and_return(size: int) -> None:
+    for seed in range(SEEDS * 2 // 3):
+        run = Run(seed, size, loss=0.03)
+        for _ in range(12):
+            nodes = list(run.net.nodes)
+            run.net.down = {run.net.pick.choice(nodes)} if run.net.pick.random() < 0.6 else set()
+            while len(run.active) < 3:
+                run.start()
+            for _ in range(run.net.pick.randrange(25)):
+                if run.active:
+                    run.tick()
+        run.net.down = set()
+        run.drain()
+        run.check()
+
+
+def housekeeping(
+    cluster: SimCluster, tombstone_grace: float = 0.0
+) -> tuple[Housekeeping, Membership]:
+    store = DistributedStore(cluster, None)  # type: ignore[arg-type]
+    return Housekeeping(store, 0.0, tombstone_grace), Membership(store, [], 3)
+
+
+SEEDS = int(os.environ.get("ZS3_SIM_SEEDS", "120"))
+
+
+def test_a_register_is_linearizable_while_members_join_and_leave() -> None:
+    finals = 0
+    first = int(os.environ.get("ZS3_SIM_FIRST", "0"))
+    for seed in range(first, first + SEEDS):
+        run = Run(seed, 1 + seed % 4, loss=0.02)
+        pick = run.net.pick
+        for _ in range(14):
+            change_members(run, pick)
+            while len(run.active) < 3:
+                run.start()
+            for _ in range(pick.randrange(20)):
+                if run.active:
+                    run.tick()
+        run.drain()
+        run.net.loss = 0.0
+        for _ in range(6):
+            background(run, list(run.net.clusters.values()))
+        members = [c for c in run.clusters() if newest(run).member(c.own.node)]
+        views = {c.node.registers.view.epoch for c in members}  # type: ignore[union-attr]
+        finals += len(views) == 1 and not members[0].known_view().previous
+        for _ in range(3):
+            run.start()
+            run.drain()
+        run.check()
+    assert finals > SEEDS * 0.8
+
+
+def newest(run: Run) -> View:
+    views = [node.registers.view for node in run.net.nodes.values()]
+    return max((view for view in views if view), key=lambda view: view.epoch)
+
+
+def change_members(run: Run, pick: random.Random) -> None:
+    what = pick.random()
+    try:
+        if what < 0.25 and len(run.net.nodes) < 7:
+            source = pick.choice(run.clusters())
+            node = run.net.add()
+            node.registers.install(
+                [View.from_json(v) for v in source.node.registers.views_after(0)]
+            )
+            cluster = run.net.clusters[node.own.node]
+            housekeeping(cluster)[1]._enter()
+        elif what < 0.4:
+            victim = pick.choice(run.clusters()).own.node
+            if len(newest(run).members) > 2:
+                other = pick.choice([c for c in run.clusters() if c.own.node != victim])
+                housekeeping(other)[1].forget(victim)
+        elif what < 0.9:
+            background(run, pick.choices(run.clusters(), k=3))
+    except S3Error as error:
+        assert error.code == "SlowDown", error
+
+
+def background(run: Run, clusters: list[SimCluster]) -> None:
+    for cluster in clusters:
+        keep, member = housekeeping(cluster)
+        view = cluster.known_view()
+        try:
+            member._hello_all(view)
+            if cluster.known_view().member(cluster.own.node) is None:
+                continue  # forgotten: it would join anew, which another node does here
+            keep.pull()
+            member.settle()
+            keep.bury()
+        except S3Error as error:
+            assert error.code == "SlowDown", error
+
+
+# --- Kademlia, thousands of nodes in one process ---
+
+
+class Simulated:
+    """Nodes whose routing tables are what they would be some time after all have joined."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.pick = random.Random(seed)
+        self.contacts = [
+            Contact(self.pick.getrandbits(160), f"sim:{i % 65535 + 1}") for i in range(size)
+        ]
+        self.tables = {contact.node: RoutingTable(contact.node) for contact in self.contacts}
+        self.providers = {contact.node: Providers() for contact in self.contacts}
+        self.dead: set[int] = set()
+        self.now = 0.0
+        self._join_all()
+
+    def _join_all(self) -> None:
+        """Each k-bucket gets up to k random nodes of its range."""
+        ids = sorted(contact.node for contact in self.contacts)
+        by_id = {contact.node: contact for contact in self.contacts}
+        for own in ids:
+            for index in range(159, 0, -1):
+                low = (own ^ (1 << index)) >> index << index
+                first, last = (
+                    bisect.bisect_left(ids, low),
+                    bisect.bisect_left(ids, low + (1 << index)),
+                )
+                for node in self.pick.sample(ids[first:last], min(20, last - first)):
+                    self.tables[own].seen(by_id[node], 0.0)
+                if last - first == 0 and index < 140:
+                    break
+
+    def join(self, contact: Contact, through: Contact) -> None:
+        """As a node does: look up its own id, then one in each farther k-bucket."""
+        self.tables[contact.node].seen(through, self.now)
+        self.find(contact, contact.node)
+        neighbour = self.tables[contact.node].closest(contact.node, 1)[0]
+        for index in range(zs3_dist.bucket_index(contact.node, neighbour.node), 160):
+            self.find(contact, contact.node ^ (1 << index) ^ self.pick.getrandbits(index))
+
+    def ask(self, asker: Contact, to: Contact, target: int) -> list[Contact] | None:
+        if to.node in self.dead:
+            self.tables[asker.node].failed(to)
+            return None
+        self.tables[to.node].seen(asker, self.now)
+        self.tables[asker.node].seen(to, self.now)
+        return self.tables[to.node].closest(target)
+
+    def find(self, asker: Contact, target: int) -> tuple[list[Contact], int]:
+        """The result of a lookup and how many rounds it took."""
+        steps = lookup(target, self.tables[asker.node].closest(target), asker.node)
+        rounds = 0
+        try:
+            todo = next(steps)
+            while True:
+                rounds += 1
+                todo = steps.send({to.node: self.ask(asker, to, target) for to in todo})
+        except StopIteration as end:
+            return end.value, rounds
+
+
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_lookups_find_exactly_the_k_closest_in_few_rounds(size: int) -> None:
+    network = Simulated(size, size)
+    worst = 0
+    for _ in range(200):
+        asker, target = network.pick.choice(network.contacts), network.pick.getrandbits(160)
+        found, rounds = network.find(asker, target)
+        everyone = [contact for contact in network.contacts if contact != asker]
+        assert found == nearest(everyone, target, 20)
+        worst = max(worst, rounds)
+    assert worst <= math.log2(size), worst
+
+
+def test_lookups_find_the_closest_with_a_fifth_of_the_nodes_dead() -> None:
+    network = Simulated(7, 1000)
+    network.dead = {contact.node for contact in network.pick.sample(network.contacts, 200)}
+    alive = [contact for contact in network.contacts if contact.node not in network.dead]
+    right = 0
+    for _ in range(1000):
+        asker, target = network.pick.choice(alive), network.pick.getrandbits(160)
+        found, _ = network.find(asker, target)
+        right += found == nearest([c for c in alive if c != asker], target, 20)
+    assert right >= 999, right
+
+
+def find_providers(network: Simulated, asker: Contact, block: str) -> list[Contact]:
+    target = zs3_dist.block_target(block)
+    steps = lookup(target, network.tables[asker.node].closest(target), asker.node)
+    try:
+        todo = next(steps)
+        while True:
+            answers = {to.node: network.ask(asker, to, target) for to in todo}
+            for node in (node for node, answer in answers.items() if answer is not None):
+                if found := network.providers[node].get(block, network.now):
+                    return found
+            todo = steps.send(answers)
+    except StopIteration:
+        return []
+
+
+def test_providers_are_found_while_half_the_nodes_change_every_hour() -> None:
+    network = Simulated(11, 200)
+    pick = network.pick
+    holders = {f"{pick.getrandbits(256):064x}": contact for contact in network.contacts[:25]}
+    alive = list(network.contacts)
+    found = tries = 0
+    for _ in range(4):
+        for block, holder in holders.items():
+            for near in network.find(holder, zs3_dist.block_target(block))[0]:
+                network.providers[near.node].add(block, holder, network.now)
+        network.now += 3600
+        gone = pick.sample(alive[25:], 100)
+        network.dead |= {contact.node for contact in gone}
+        alive = [contact for contact in alive if contact.node not in network.dead]
+        for number in range(100):
+            fresh = Contact(pick.getrandbits(160), f"new:{number + 1}")
+            network.tables[fresh.node] = RoutingTable(fresh.node)
+            network.providers[fresh.node] = Providers()
+            network.join(fresh, pick.choice(alive))
+            alive.append(fresh)
+        for _ in range(250):
+            block = pick.choice(list(holders))
+            found += holders[block] in find_providers(network, pick.choice(alive), block)
+            tries += 1
+    assert found >= 0.999 * tries, (found, tries)
+
+
+def test_old_contacts_that_answer_are_kept() -> None:
+    table = RoutingTable(0)
+    old = [Contact((1 << 159) + i, "a:1") for i in range(20)]
+    for contact in old:
+        assert table.seen(contact, 0.0) is None
+    for i in range(1000):
+        assert table.seen(Contact((1 << 159) + 1000 + i, "b:1"), 1.0) == old[0]
+    assert table.contacts() == old
+    table.failed(old[0])
+    assert old[0] not in table.contacts() and len(table.contacts()) == 20
+    assert table.closest((1 << 159), 1) == [old[1]]
+
+
+def test_provider_records_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers, holder = Providers(), Contact(1, "a:1")
+    providers.add("a" * 64, holder, 0.0)
+    assert providers.get("a" * 64, 86399.0) == [holder]
+    assert providers.get("a" * 64, 86400.0) == []
+    assert providers.expire(86400.0) == 1
+    monkeypatch.setattr(zs3_dist, "MAX_PROVIDERS", 10)
+    for i in range(20):
+        providers.add(f"{i:064x}", holder, 1.0)
+    assert [bool(providers.get(f"{i:064x}", 2.0)) for i in range(20)] == [False] * 10 + [True] * 10
+
+
+# --- Peers' endpoints ---
+
+
+class Wire:
+    """A request's body as the server gives it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def readinto(self, view: memoryview) -> int:
+        count = min(len(view), len(self.data))
+        view[:count], self.data = self.data[:count], self.data[count:]
+        return count
+
+
+def peer_request(path: str, headers: dict[str, str], body: bytes) -> zs3.Request:
+    settings = zs3.Settings(credentials={})
+    headers = {**headers, "content-length": str(len(body))}
+    request = zs3.Request("POST", path, "", headers, settings)
+    request.wire = Wire(body)  # type: ignore[assignment]
+    return request
+
+
+def signed(
+    seal: zs3_dist.Seal, to: Contact, path: str, body: bytes, raw: bool = False
+) -> zs3.Request:
+    head, _ = seal.request(zs3_dist.Question(to, path, body, raw))
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
+    return peer_request("/_zs3/" + path, headers, body)
+
+
+class Lonely:
+    """A node of a cluster of one, with a disk, and a peer's seal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.own = Contact(1 << 80, "127.0.0.1:9")
+        registers = Registers(self.own.node, str(folder / "registers.db"))
+        registers.install([View("0" * 16, 1, 3, (self.own,))])
+        self.node = Node(self.own, registers, zs3_dist.Blocks(folder / ".cas"), lambda: 0.0)
+        self.peers = zs3_dist.Peers(zs3_dist.Seal(self.own, "secret"))
+        self.cluster = Cluster(self.node, self.peers)
+        self.cluster.joined.set()
+        self.store = DistributedStore(self.cluster, self.peers.seal)
+        self.peer = zs3_dist.Seal(Contact(7, "127.0.0.1:7"), "secret")
+
+    def state(self) -> str:
+        """All that a request could change."""
+        dump = "\n".join(self.node.registers._db.iterdump())
+        blocks = sorted(block for block, _ in self.node.blocks.walk())
+        return f"{dump}{blocks}{self.node.table.contacts()}{self.node.providers._records}"
+
+
+@pytest.fixture
+def lonely(tmp_path: Path) -> Iterator[Lonely]:
+    one = Lonely(tmp_path)
+    yield one
+    one.store.close()
+
+
+BALLOT = "0000000100000000000a" + "0" * 16
+PLACE = {"epoch": 1, "bucket": "bucket", "key": "k"}
+TOMBSTONE = {"id": "a" * 16}
+GOOD: dict[str, Message] = {
+    "hello": {"epoch": 1},
+    "views": {"views": [View("0" * 16, 2, 3, (Contact(1, "a:1"),)).as_json()]},
+    "find": {"target": "0" * 40},
+    "find_providers": {"hash": "0" * 64},
+    "provide": {"hashes": ["0" * 64]},
+    "prepare": {**PLACE, "ballot": BALLOT, "known": ""},
+    "accept": {**PLACE, "ballot": BALLOT, "value": TOMBSTONE, "chosen": False, "basis": None},
+    "learn": {**PLACE, "ballot": BALLOT},
+    "read": {**PLACE, "known": ""},
+    "page": {
+        "epoch": 1,
+        "bucket": "bucket",
+        "prefix": "",
+        "start": "",
+        "delimiter": "",
+        "whole": False,
+        "mark": "",
+    },
+    "buckets": {"epoch": 1},
+    "changes": {"epoch": 1, "since": 0},
+    "values": {"epoch": 1, "places": [["bucket", "k"]]},
+    "buried": {"epoch": 1, "graves": [["bucket", "k", BALLOT]]},
+    "used": {"hashes": ["0" * 64]},
+    "have": {"hashes": ["0" * 64], "touch": True},
+}
+
+
+def test_every_message_has_a_good_example_and_a_handler(lonely: Lonely) -> None:
+    assert set(GOOD) == set(zs3_dist.MESSAGES)
+    for name, message in GOOD.items():
+        answer = lonely.store.internal(signed(lonely.peer, lonely.own, name, pack(message)))
+        assert answer.status == 200, (name, answer)
+
+
+def test_unsigned_and_foreign_requests_change_nothing(lonely: Lonely) -> None:
+    data = b"some block"
+    paths = {**{name: pack(m) for name, m in GOOD.items()}}
+    paths[f"store/{zs3_dist.block_hash(data)}"] = data
+    paths[f"fetch/{zs3_dist.block_hash(data)}"] = b""
+    before = lonely.state()
+    foreign = zs3_dist.Seal(Contact(7, "127.0.0.1:7"), "another secret")
+    other = Contact(9, "127.0.0.1:9")
+    for path, body in paths.items():
+        raw = path.startswith("store")
+        requests = [
+            peer_request("/_zs3/" + path, {}, body),
+            signed(foreign, lonely.own, path, body, raw),
+            signed(lonely.peer, other, path, body, raw),  # meant for another node
+            signed(lonely.peer, lonely.own, path, body, raw),
+            signed(lonely.peer, lonely.own, path, body, raw),
+            signed(lonely.peer, lonely.own, path, body, raw),
+        ]
+        requests[3].headers["x-zs3-from"] = f"{node_hex(8)} 127.0.0.1:8"
+        del requests[4].headers["x-zs3-to"]
+        requests[5].path = "/_zs3/store/" + "1" * 64  # signed for another path
+        for request in requests:
+            answer = lonely.store.internal(request)
+            assert 400 <= answer.status < 500, (path, answer)
+    assert lonely.state() == before
+
+
+def test_200_malformed_signed_messages_are_refused_and_change_nothing(lonely: Lonely) -> None:
+    pick = random.Random(5)
+    wrong: list[Any] = [
+        None,
+        -1,
+        1 << 70,
+        "x",
+        "\ud800",
+        [],
+        {},
+        [["bucket"]],
+        True,
+        1.5,
+        "0" * 5000,
+        {"a": 1},
+    ]
+    lonely.store.internal(signed(lonely.peer, lonely.own, "hello", pack({"epoch": 1})))
+    before = lonely.state()
+    refused = 0
+    while refused < 200:
+        name = pick.choice(list(GOOD))
+        message: dict[str, Any] = dict(GOOD[name])
+        field = pick.choice(list(message))
+        what = pick.random()
+        if what < 0.1:
+            del message[field]
+        elif what < 0.2:
+            message["more"] = 1
+        else:
+            message[field] = pick.choice(wrong)
+        body = json.dumps(message).encode() if what < 0.9 else pick.randbytes(50)
+        try:
+            parse_message(name, body)
+        except (ValueError, RecursionError):
+            answer = lonely.store.internal(signed(lonely.peer, lonely.own, name, body))
+            assert answer.status == 400, (name, body, answer)
+            refused += 1
+    assert lonely.state() == before
+
+
+def test_a_block_that_does_not_match_its_name_is_refused(lonely: Lonely) -> None:
+    answer = lonely.store.internal(signed(lonely.peer, lonely.own, "store/" + "0" * 64, b"x", True))
+    assert answer.status == 400
+    assert not lonely.node.blocks.has("0" * 64)
+
+
+def test_a_thousand_fake_pings_change_no_routing_table(lonely: Lonely) -> None:
+    for i in range(1000):
+        fake = zs3_dist.Seal(Contact(i + 100, f"127.0.0.1:{i + 1}"), "guess")
+        assert (
+            lonely.store.internal(signed(fake, lonely.own, "hello", pack({"epoch": 0}))).status
+            == 403
+        )
+    assert lonely.node.table.contacts() == []
+
+
+def test_an_answer_without_the_cluster_key_is_no_answer() -> None:
+    seal = zs3_dist.Seal(Contact(1, "a:1"), "secret")
+    call = zs3_dist.Call.__new__(zs3_dist.Call)
+    call.question = zs3_dist.Question(Contact(2, "b:1"), "accept", b"{}")
+    call.seal, call.signature = seal, "5" * 64
+    proof = zs3_dist.Seal(Contact(2, "b:1"), "secret").proof("5" * 64, 200, b"{}")
+    assert call.good(Reply(200, b"{}", proof))
+    assert not call.good(Reply(200, b'{"done":true}', proof))
+    assert not call.good(Reply(200, b"{}", ""))
+
+
+# --- Blocks ---
+
+
+def test_blocks_are_verified_set_aside_and_counted(tmp_path: Path) -> None:
+    blocks = zs3_dist.Blocks(tmp_path)
+    data = b"x" * 5000
+    block = zs3_dist.block_hash(data)
+    blocks.put(block, data)
+    blocks.put(block, data)
+    assert (blocks.get(block), blocks.count, blocks.total_bytes) == (data, 1, 5000)
+    blocks.path(block).write_bytes(b"y" + data[1:])
+    assert blocks.get(block) is None
+    assert not blocks.has(block)
+    assert (tmp_path / "bad" / block).exists()
+    blocks.put(block, data)
+    blocks.path(block).write_bytes(data[:100])  # half of it
+    blocks.put(block, data)
+    assert blocks.get(block) == data
+    assert list(blocks.walk()) == [(block, 5000)]
+
+
+def test_a_block_touched_since_is_not_removed(tmp_path: Path) -> None:
+    blocks = zs3_dist.Blocks(tmp_path)
+    block = zs3_dist.block_hash(b"x")
+    blocks.put(block, b"x")
+    touched = blocks.touched(block)
+    assert touched is not None
+    os.utime(blocks.path(block), (touched, touched + 1))
+    assert blocks.remove(block, touched) == 0
+    assert blocks.remove(block, touched + 1) == 1
+    assert blocks.count == 0
+
+
+def test_slices_are_the_bytes_of_the_range() -> None:
+    pick = random.Random(3)
+    size = zs3_dist.BLOCK_BYTES
+    for _ in range(300):
+        sizes = [
+            pick.choice([1, size - 1, size, size + 1, 2 * size, 3 * size + 7])
+            for _ in range(pick.randrange(1, 5))
+        ]
+        segments, layout = [], []
+        for number, one in enumerate(sizes):
+            count = -(-one // size)
+            names = [f"{number * 100 + i:064x}" for i in range(count)]
+            segments.append([one, "".join(names)])
+            layout += [(names[i], min(size, one - i * size)) for i in range(count)]
+        total = sum(sizes)
+        start = pick.randrange(total)
+        length = pick.randrange(1, total - start + 1)
+        expected, position = [], 0
+        for name, one in layout:
+            low, high = max(start - position, 0), min(start + length - position, one)
+            if low < high:
+                expected.append((name, low, high))
+            position += one
+        assert zs3_dist.slices(segments, start, length) == expected
+
+
+def test_merged_pages_are_the_live_keys_with_the_highest_ballot() -> None:
+    pick = random.Random(4)
+    for _ in range(300):
+        owners: list[Registers] = [Registers(1, ":memory:") for _ in range(2)]
+        for owner in owners:
+            owner.install([View("0" * 16, 1, 3, (Contact(1, "a:1"),))])
+        newest: dict[str, tuple[str, bool]] = {}
+        keys = ["".join(pick.choice("ab/") for _ in range(pick.randrange(1, 5))) for _ in range(12)]
+        for key in keys:
+            for owner in owners:
+                ballot = f"{pick.randrange(1, 99):036x}"
+                alive = pick.random() < 0.6
+                value = value_of("e") if alive else TOMBSTONE
+                if pick.random() < 0.8 and ballot not in (newest.get(key, ("",))[0],):
+                    owner.offer(1, "bucket", key, ballot, False, {**value, "base": ""})
+                    slot = owner.slot("bucket", key)
+                    if slot.accepted == ballot:
+                        newest[key] = max(newest.get(key, ("", False)), (ballot, alive))
+        live_keys = sorted(key for key, (_, alive) in newest.items() if alive)
+        delimiter, prefix = pick.choice(["", "/"]), pick.choice(["", "a", "b/"])
+        position: str | None = ""
+        found: list[str] = []
+        while position is not None:
+            pages = [owner.page("bucket", prefix, position, delimiter, False) for owner in owners]
+            for page in pages:  # as if a page held three
+                if len(page["entries"]) > 3:
+                    page["entries"], page["more"] = page["entries"][:3], True
+            entries, position = zs3_dist.merge_pages(pages, prefix, delimiter)
+            found += [key for key, _, _ in entries]
+        expected = []
+        groups = set()
+        for key in live_keys:
+            if key.startswith(prefix):
+                group = zs3_dist.common_prefix(key, prefix, delimiter)
+                if not group or group not in groups:
+                    expected.append(key)
+                groups.add(group)
+        shown = [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in found]
+        assert shown == [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in expected]
+
+
+# --- Real processes ---
+
+
+QUICK = ("--gossip-interval-ms=300", "--gc-grace=1", "--tombstone-grace=3")
+NODES: list[Process] = []
+
+
+class Process:
+    """`python zs3.py --distributed` on a port of its own."""
+
+    def __init__(self, data: Path, *flags: str, bootstrap: Process | None = None) -> None:
+        self.data, self.flags = data, flags
+        self.join = [f"--bootstrap=127.0.0.1:{bootstrap.port}"] if bootstrap else []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.start()
+        NODES.append(self)
+
+    def start(self, *more: str) -> None:
+        command = [
+            sys.executable,
+            str(Path(zs3_dist.__file__).with_name("zs3.py")),
+            "--distributed",
+        ]
+        command += [f"--port={self.port}", "--host=127.0.0.1", f"--data-dir={self.data}", "--quiet"]
+        self.process = subprocess.Popen(
+            [*command, *QUICK, *self.flags, *self.join, *more],
+            stderr=open(f"{self.data}.log", "ab"),  # noqa: SIM115
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        host = f"127.0.0.1:{self.port}"
+        date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        digest = hashlib.sha256(body).hexdigest()
+        raw_path, _, query = path.partition("?")
+        headers = zs3.sign_headers(
+            method, raw_path, query, {"host": host}, digest, ("minioadmin", "minioadmin"), date
+        )
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def ping(self) -> Message:
+        return cast(Message, json.loads(self.ask("GET", "/_zs3/ping")[1]))
+
+    def wait(self, what: Callable[[Message], bool], seconds: float = 30.0) -> Message:
+        """Until `ping` is as wanted."""
+        deadline = time.monotonic() + seconds
+        last: Any = None
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                last = self.ping()
+                if what(last):
+                    return cast(Message, last)
+            time.sleep(0.05)
+        raise AssertionError(f"{last} {Path(f'{self.data}.log').read_text()[-2000:]}")
+
+    def members(self, count: int) -> None:
+        self.wait(lambda ping: ping["joined"] and ping["members"] == count and not ping["joining"])
+
+
+def start_cluster(folder: Path, count: int) -> list[Process]:
+    nodes = [Process(folder / "0")]
+    nodes[0].members(1)
+    nodes += [Process(folder / str(number), bootstrap=nodes[0]) for number in range(1, count)]
+    for node in nodes:
+        node.members(count)
+    return nodes
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield
+    while NODES:
+        node = NODES.pop()
+        node.process.send_signal(signal.SIGCONT)
+        node.kill()
+
+
+BIG = random.Random(1).randbytes(2_500_000)  # three blocks
+
+
+def test_a_write_on_any_node_is_read_and_listed_on_every_node_at_once(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    assert nodes[0].ask("PUT", "/bucket")[0] == 200
+    for number, node in enumerate(nodes):
+        assert node.ask("PUT", f"/bucket/{number}", BIG[number:])[0] == 200
+        for other in nodes:
+            assert other.ask("GET", f"/bucket/{number}") == (200, BIG[number:])
+            assert f"<Key>{number}</Key>".encode() in other.ask("GET", "/bucket?list-type=2")[1]
+    peers = json.loads(nodes[1].ask("GET", "/_zs3/peers")[1])["peers"]
+    assert {peer["address"] for peer in peers} >= {f"127.0.0.1:{nodes[0].port}"}
+    block = zs3_dist.block_hash(BIG[: 1 << 20])
+    for node in nodes:
+        assert len(json.loads(node.ask("GET", f"/_zs3/providers/{block}")[1])["providers"]) == 3
+    assert not [path for node in nodes for path in node.data.glob(".cas/*.tmp")]
+
+
+def test_a_hung_and_a_dead_node_cost_one_pause_each(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    for spoil in (lambda: nodes[2].process.send_signal(signal.SIGSTOP), nodes[2].kill):
+        spoil()
+        began = time.monotonic()
+        for number in range(20):
+            assert nodes[0].ask("PUT", f"/bucket/{number}", BIG[: 20_000 + number])[0] == 200
+            assert nodes[1].ask("GET", f"/bucket/{number}")[0] == 200
+        assert time.monotonic() - began < 10
+        nodes[2].process.send_signal(signal.SIGCONT)
+
+
+def test_of_two_nodes_either_reads_alone_and_a_write_says_what_to_do(tmp_path: Path) -> None:
+    first, second = start_cluster(tmp_path, 2)
+    first.ask("PUT", "/bucket")
+    for node in (first, second):
+        assert node.ask("PUT", f"/bucket/{node.port}", BIG)[0] == 200
+    node_id = first.ping()["node"]
+    first.kill()
+    for port in (first.port, second.port):
+        assert second.ask("GET", f"/bucket/{port}") == (200, BIG)
+    status, text = second.ask("PUT", "/bucket/more", b"x")
+    assert status == 503
+    assert f"127.0.0.1:{first.port} ({node_id})".encode() in text
+    assert b"--forget" in text
+    second.kill()
+    second.start(f"--forget={node_id}")
+    second.members(1)
+    assert second.ask("PUT", "/bucket/more", b"x")[0] == 200
+    assert second.ask("DELETE", f"/bucket/{first.port}")[0] == 204
+    first.join = [f"--bootstrap=127.0.0.1:{second.port}"]
+    first.start()
+    first.members(2)
+    assert first.ask("GET", f"/bucket/{first.port}")[0] == 404  # the others' word
+    assert first.ask("GET", "/bucket/more") == (200, b"x")
+
+
+def test_a_node_that_lost_its_disk_is_a_new_member(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    nodes[0].ask("PUT", "/bucket/key", BIG)
+    old = nodes[0].ping()["node"]
+    nodes[0].kill()
+    shutil.rmtree(nodes[0].data)
+    nodes[0].join = [f"--bootstrap=127.0.0.1:{nodes[1].port}"]
+    nodes[0].start()
+    nodes[0].members(3)
+    ping = nodes[0].wait(lambda ping: ping["blocks"] == 3)
+    assert ping["node"] != old
+    nodes[1].kill()
+    assert nodes[0].ask("GET", "/bucket/key") == (200, BIG)
+    assert nodes[2].ask("PUT", "/bucket/key2", BIG)[0] == 200
+
+
+def test_a_member_silent_for_the_grace_is_forgotten_and_comes_back(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    for number in range(5):
+        nodes[0].ask("PUT", f"/bucket/{number}", b"x")
+    nodes[2].kill()
+    for number in range(5):
+        assert nodes[0].ask("DELETE", f"/bucket/{number}")[0] == 204
+    nodes[0].members(2)
+    nodes[0].wait(lambda ping: ping["buried"] >= 5)  # the tombstones are gone
+    nodes[2].start()
+    nodes[2].members(3)
+    time.sleep(1)
+    for node in nodes:
+        assert b"<Key>" not in node.ask("GET", "/bucket?list-type=2")[1]
+        assert node.ask("GET", "/bucket/0")[0] == 404
+
+
+def test_a_flipped_byte_is_healed_and_deleting_gives_all_back(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    for key in "abcde":
+        nodes[ord(key) % 3].ask("PUT", f"/bucket/{key}", BIG)
+    for node in nodes:
+        assert node.wait(lambda ping: ping["blocks"] == 3)["bytes"] == len(BIG)
+    for path in nodes[1].data.glob(".cas/*/*.blob"):
+        path.write_bytes(b"!" + path.read_bytes()[1:])
+    assert nodes[1].ask("GET", "/bucket/a") == (200, BIG)
+    for path in nodes[1].data.glob(".cas/??/*.blob"):
+        assert zs3_dist.block_hash(path.read_bytes()) == path.stem
+    for key in "abcde":
+        nodes[0].ask("DELETE", f"/bucket/{key}")
+    for node in nodes:
+        assert node.wait(lambda ping: ping["blocks"] == 0)["bytes"] == 0
+
+
+def test_nodes_find_each_other_by_multicast(tmp_path: Path) -> None:
+    secret = f"--cluster-secret={tmp_path}"  # not that of another cluster on this machine
+    nodes = [Process(tmp_path / str(n), "--discover", secret) for n in range(3)]
+    for node in nodes:
+        node.members(3)
+
+
+# --- Tools ----------------------------------------------------------------------------------------
+
+STYLE_PATH = HERE / "tools" / "style.py"
+
+
+def load_tool(name: str) -> Any:
+    """A module of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+style = load_tool("style")
+
+GOOD = '''\
+"""zs3: one line.
+
+A request passes socket -> 3 Command line -> 2 Errors.
+
+    1 Limits         what is bounded
+    2 Errors (codes) and their
+                     5 statuses
+    3  Command line - main
+"""
+
+# ==== 1 Limits ====
+
+MAX_KEY_BYTES = 1024
+
+# ---- 2 Errors (codes) ------------
+
+ERRORS = {"NoSuchKey": (404, "The key does not exist."), "SlowDown": (503, "Retry.")}
+NAMES: dict[str, int] = {}
+
+
+class S3Error(Exception):
+    """An answer."""
+
+    def __str__(self):
+        return "x"
+
+    def __init__(self, code):
+        self.code = code
+        self.status = ERRORS[code]
+
+
+class Store(Protocol):
+    """What is asked."""
+
+    def scan(self):
+        """In order."""
+
+
+class FileStore:
+    """Files."""
+
+    def scan(self):
+        return self.scan()
+
+    def _own(self):
+        self._own()
+        try:
+            pass
+        except KeyError:
+            pass  # S3: deleting what is not there succeeds
+        # The other end may have gone.
+        with suppress(OSError):
+            pass
+
+
+# ==== 3 Command line
+
+
+def main():
+    """Runs."""
+    if MAX_KEY_BYTES:
+        raise S3Error("NoSuchKey" if FileStore() else "SlowDown")
+    NAMES.clear()
+    print(Store)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def messages(*sources: str) -> list[str]:
+    names = ("zs3.py", "zs3_dist.py")
+    modules = [style.Module(name, text) for name, text in zip(names, sources, strict=False)]
+    return [
+        f"{finding.path}:{finding.line}: {finding.message}" for finding in style.findings(modules)
+    ]
+
+
+def only(check: str, source: str, *others: str) -> list[str]:
+    names = ("zs3.py", "zs3_dist.py")
+    sources = [textwrap.dedent(text) for text in (source, *others)]
+    modules = [style.Module(name, text) for name, text in zip(names, sources, strict=False)]
+    return [finding.message for finding in getattr(style, "check_" + check)(modules)]
+
+
+def test_good_code_has_no_findings():
+    assert messages(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        (
+            "# ==== 3 Command line",
+            "# ==== 3 Commands",
+            "banner 3 Commands is not in the section map",
+        ),
+        ("# ==== 3 Command line", "# ==== 3 Commands", "map entry 3 Command line has no banner"),
+        ("# ==== 3 Command line", "# ==== 4 Command line", "stands where 3 is due"),
+        (
+            "# ==== 3 Command line",
+            "# === 3 Command line ===\n# === 4 X ===",
+            "banner 4 X is not in",
+        ),
+        ("# ==== 3 Command line", "", "map entry 3 Command line has no banner"),
+        (
+            "    3  Command line",
+            "    4  Command line",
+            "map entry 4 Command line stands where 3 is due",
+        ),
+        ("    1 Limits", "    Limits", "the module docstring has no numbered section map"),
+        ("    if MAX_KEY_BYTES:", "    if 1024:", "limit MAX_KEY_BYTES is never read"),
+        ("    NAMES.clear()\n", "", "NAMES is never used"),
+        ("self._own()", "self", "FileStore._own is never used"),
+        ("# S3: deleting what is not there succeeds", "# noqa", "no comment says why"),
+        ("        # The other end may have gone.\n", "", "no comment says why"),
+        ("except KeyError", "except Exception", "drops exceptions of any kind"),
+        ("except KeyError", "except (KeyError, BaseException)", "drops exceptions of any kind"),
+        ("except KeyError", "except", "bare except"),
+        ('else "SlowDown")', 'else "SlowUp")', "SlowDown is never raised"),
+        ('else "SlowDown")', 'else "SlowUp")', "SlowUp is not in ERRORS"),
+        ('    """Runs."""\n', "", "main has no docstring"),
+        ('    """Files."""\n', "", "FileStore has no docstring"),
+        ('        """In order."""\n', "        x = 1\n", "scan has no docstring"),
+        ('        return "x"\n', '        x = "x"\n        return x\n', "__str__ has no docstring"),
+        ('    """Runs."""\n', '    """Runs."""\n' + "\n" * 46, "main has 52 lines"),
+        ('"""Runs."""', '"""Runs."""  #' + "x" * 83, "line of 101 characters"),
+    ],
+)
+def test_a_change_for_the_worse_is_found(old, new, expected):
+    assert old in GOOD
+    found = messages(GOOD.replace(old, new))
+    assert any(expected in message for message in found), found
+
+
+def test_a_finding_names_file_and_line():
+    assert messages(GOOD.replace("except KeyError", "except")) == ["zs3.py:49: bare except"]
+
+
+def test_a_function_of_50_lines_and_a_line_of_100_characters_are_not_findings():
+    body = '    """Runs."""  #' + "ü" * 82 + "\n" * 45
+    assert messages(GOOD.replace('    """Runs."""\n', body)) == []
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "x.\n\nSections: 1 One - 2 Two words - 3 Version 4\n          4 Four\n",
+        "x.\n\n    zs3.py  1 One · 2 Two words (and, others) · 3 Version 4\n            4 Four",
+        "x.\n\n1. One\n2. Two words: for 3 people\n3. Version 4   and 5 others\n4. Four.\n\n7 Else",
+    ],
+)
+def test_the_map_may_be_laid_out_in_several_ways(docstring):
+    expected = [(1, "One"), (2, "Two words"), (3, "Version 4"), (4, "Four")]
+    assert style.map_entries(docstring) == expected
+
+
+def test_a_banner_is_a_comment_at_the_margin_and_not_a_string():
+    source = (
+        'x = """\n# ==== 1 One ====\n"""\nif x:\n    # ==== 2 Two ====\n    y = "# == 3 Three =="\n'
+    )
+    assert style.Module("zs3.py", source).sections == []
+
+
+def test_what_only_unused_code_uses_is_unused():
+    source = """
+        def f(n): return f(n - 1)
+        def g(): return h()
+        def h(): return g() + A
+        A = 1
+        B: int = 2
+        C, D = 3, 4
+        class K: pass
+        __version__ = D
+        """
+    assert sorted(only("names", source)) == [f"{name} is never used" for name in "ABCKfgh"]
+
+
+def test_one_module_may_use_what_the_other_defines():
+    zs3 = """
+        def a(): pass
+        def b(): pass
+        def c(): pass
+        import zs3_dist
+        zs3_dist.open_store()
+        """
+    dist = """
+        from zs3 import a, b as bee
+        import zs3
+        def open_store(): a(); bee(); zs3.c()
+        """
+    assert only("names", zs3, dist) == []
+    assert only("names", zs3) == ["a is never used", "b is never used", "c is never used"]
+    assert only("names", zs3, dist.replace("a(); ", "")) == ["a is never used"]
+
+
+def test_what_a_decorator_registers_is_used():
+    source = """
+        def route(path): return {}.setdefault(path)
+        @route("/x")
+        def x(): return helper()
+        def helper(): pass
+        @functools.cache
+        def y(): pass
+        """
+    assert only("names", source) == ["y is never used"]
+
+
+def test_methods_that_a_foreign_base_may_call_are_used():
+    source = """
+        class A(http.server.BaseHTTPRequestHandler):
+            def do_GET(self): pass
+        class B(NamedTuple):
+            def lonely(self): pass
+        class C(B, Generic[T]):
+            def also(self): pass
+        A, B, C
+        sys.modules["zs3"] = A
+        """
+    assert only("names", source) == ["B.lonely is never used", "C.also is never used"]
+
+
+def test_a_limit_of_either_module_may_be_read_in_the_other():
+    zs3 = "# == 1 Limits ==\nMAX_A = 1\nMAX_B = MAX_C = 2\n# == 2 Rest ==\nprint(MAX_A)"
+    dist = "# == 1 Limits ==\nMAX_D = 1\nimport zs3\nfrom zs3 import MAX_B\nprint(MAX_B, zs3.MAX_C)"
+    assert only("names", zs3, dist) == ["limit MAX_D is never read"]
+
+
+@pytest.mark.parametrize(
+    "body, dropped",
+    [
+        ("pass", True),
+        ("continue", True),
+        ("break", True),
+        ("return", True),
+        ("return None", False),
+        ("...", True),
+        ("return False", False),
+        ("raise", False),
+        ("LOG.info('gone')", False),
+        ("pass  # a client that went away is no error", False),
+        ("# a client that went away is no error\n        pass", False),
+        ("pass  # type: ignore", True),
+    ],
+)
+def test_a_dropped_exception_needs_a_reason(body, dropped):
+    source = f"for i in x:\n    try:\n        f()\n    except OSError:\n        {body}\n"
+    found = only("exceptions", source)
+    assert found == ["drops an exception, and no comment says why"] * dropped
+
+
+def test_suppress_needs_a_reason_too():
+    assert only("exceptions", "with contextlib.suppress(OSError):\n    f()") != []
+    assert only("exceptions", "with contextlib.suppress(OSError):  # gone: fine\n    f()") == []
+    assert only("exceptions", "with suppress(Exception):  # fine\n    f()") != []
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'ERRORS = {"A1": (404, "Not there."), "B2": (400, "Wrong.")}',
+        'ERRORS: dict[str, Row] = {row.code: row for row in (Row("A1", 404, "No."), Row("B2", 1))}',
+        'ERRORS = (("A1", 404, "Not there."), ("B2", 400, "Wrong."))',
+    ],
+)
+def test_error_codes_are_found_in_tables_of_several_forms(table):
+    assert only("error_codes", table + '\nraise S3Error("A1")\nCODE = "B2"') == []
+    assert only("error_codes", table + '\nraise zs3.S3Error("A1", Key=k)') == ["B2 is never raised"]
+    assert only("error_codes", table, 'S3Error("A1" if x else "C3")\n"B2"') == [
+        "C3 is not in ERRORS"
+    ]
+
+
+def test_private_names_setters_and_what_a_base_documents_need_no_docstring():
+    source = '''
+        class A:
+            """A."""
+            def f(self):
+                """F."""
+            @x.setter
+            def x(self, value): pass
+        class B(A):
+            """B."""
+            def f(self):
+                def inner(): pass
+            def g(self): pass
+        class _C:
+            def f(self): pass
+        def _d(): pass
+        '''
+    assert only("docstrings", source) == ["g has no docstring"]
+
+
+def test_the_command_prints_findings_and_sizes_and_exits_1(tmp_path):
+    path = tmp_path / "zs3.py"
+    path.write_text(GOOD)
+    command = [sys.executable, str(STYLE_PATH), "--stats", str(path)]
+    good = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith(
+        f"{path}: 68 lines, 6 functions, median 2.5, nine in ten within 9,"
+    )
+    path.write_text(GOOD.replace("except KeyError", "except"))
+    bad = subprocess.run(command[:2] + command[3:], check=False, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (1, f"{path}:49: bare except\n")
+
+
+@pytest.mark.timeout(300)
+def test_a_short_storm_over_a_cluster_breaks_no_promise() -> None:
+    assert load_tool("chaos").short() == []
+
+
+def test_the_checker_of_histories_finds_what_is_wrong_and_nothing_else() -> None:
+    assert load_tool("chaos").selftest() == []
 
 
 # --- Agreement -----------------------------------------------------------------------------------
