@@ -6534,7 +6534,7 @@ def load_tool(name: str) -> Any:
 
 style = load_tool("style")
 
-GOOD = '''\
+GOOD_MODULE = '''\
 """zs3: one line.
 
 A request passes socket -> 3 Command line -> 2 Errors.
@@ -6622,7 +6622,7 @@ def only(check: str, source: str, *others: str) -> list[str]:
 
 
 def test_good_code_has_no_findings():
-    assert messages(GOOD) == []
+    assert messages(GOOD_MODULE) == []
 
 
 @pytest.mark.parametrize(
@@ -6666,18 +6666,18 @@ def test_good_code_has_no_findings():
     ],
 )
 def test_a_change_for_the_worse_is_found(old, new, expected):
-    assert old in GOOD
-    found = messages(GOOD.replace(old, new))
+    assert old in GOOD_MODULE
+    found = messages(GOOD_MODULE.replace(old, new))
     assert any(expected in message for message in found), found
 
 
 def test_a_finding_names_file_and_line():
-    assert messages(GOOD.replace("except KeyError", "except")) == ["zs3.py:49: bare except"]
+    assert messages(GOOD_MODULE.replace("except KeyError", "except")) == ["zs3.py:49: bare except"]
 
 
 def test_a_function_of_50_lines_and_a_line_of_100_characters_are_not_findings():
     body = '    """Runs."""  #' + "ü" * 82 + "\n" * 45
-    assert messages(GOOD.replace('    """Runs."""\n', body)) == []
+    assert messages(GOOD_MODULE.replace('    """Runs."""\n', body)) == []
 
 
 @pytest.mark.parametrize(
@@ -6831,14 +6831,14 @@ def test_private_names_setters_and_what_a_base_documents_need_no_docstring():
 
 def test_the_command_prints_findings_and_sizes_and_exits_1(tmp_path):
     path = tmp_path / "zs3.py"
-    path.write_text(GOOD)
+    path.write_text(GOOD_MODULE)
     command = [sys.executable, str(STYLE_PATH), "--stats", str(path)]
     good = subprocess.run(command, check=False, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert good.stdout.startswith(
         f"{path}: 68 lines, 6 functions, median 2.5, nine in ten within 9,"
     )
-    path.write_text(GOOD.replace("except KeyError", "except"))
+    path.write_text(GOOD_MODULE.replace("except KeyError", "except"))
     bad = subprocess.run(command[:2] + command[3:], check=False, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (1, f"{path}:49: bare except\n")
 
