@@ -6517,6 +6517,30 @@ def test_nodes_find_each_other_by_multicast(tmp_path: Path) -> None:
         node.members(3)
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_list_does_not_show_what_a_get_may_then_not_find(deleted: bool) -> None:
+    """A change that only one of three owners has accepted: either LIST settles it for good, or
+    does not show it."""
+    for seed in range(20):
+        net = Net(seed, 3)
+        first, _, third = net.nodes
+        cluster = net.clusters[first]
+        store = zs3_dist.DistributedStore(cluster, None)  # type: ignore[arg-type]
+        store.create_bucket("bucket")
+        old = {**value_of("old"), "id": "0" * 16}
+        cluster.run(cluster.rounds.change("bucket", "key", lambda current, old=old: old))
+        ballot = f"{1:08x}{500:012x}{'0' * 16}"
+        for node in net.nodes.values():
+            assert "accepted" in node.registers.prepare(1, "bucket", "key", ballot, "")
+        new = {**(TOMBSTONE if deleted else value_of("new")), "id": "1" * 16, "base": ""}
+        registers = net.nodes[third].registers
+        assert registers.accept(1, "bucket", "key", ballot, new, False, None) == {"done": True}
+        listed = [info.etag for info in store.scan("bucket", "", "", "")]
+        net.down.add(third)
+        value, _ = cluster.run(cluster.rounds.read("bucket", "key"))
+        assert listed == ([value["info"]["etag"]] if value else [])
+
+
 # --- Tools ----------------------------------------------------------------------------------------
 
 STYLE_PATH = HERE / "tools" / "style.py"

@@ -1307,6 +1307,13 @@ def live(value: Value | None) -> Value | None:
     return None if value is None or value.keys() <= {"id", "base"} else value
 
 
+def head_and_tail(value: Value) -> tuple[str, str | None]:
+    """JSON of what listings show of a value, and of the rest; a tombstone has none."""
+    head = json.dumps({name: one for name, one in value.items() if name not in TAIL})
+    rest = {name: value[name] for name in TAIL if name in value}
+    return head, json.dumps(rest) if live(value) else None
+
+
 def tombstone() -> Value:
     """The value of a key that was deleted."""
     return {"id": secrets.token_hex(8)}
@@ -1354,6 +1361,9 @@ ON CONFLICT (bucket, key) DO UPDATE SET
     seq = excluded.seq, since = excluded.since
 """
 TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
+
+
+BEYOND = "~"  # above every ballot
 
 
 class StaleView(Exception):
@@ -1631,10 +1641,7 @@ class Registers:
         old: Value | None,
     ) -> None:
         raw, is_live = key.encode(), live(value) is not None
-        head = json.dumps({name: one for name, one in value.items() if name not in TAIL})
-        tail = (
-            json.dumps({name: value[name] for name in TAIL if name in value}) if is_live else None
-        )
+        head, tail = head_and_tail(value)
         self._seq += 1
         row = (bucket, raw, promised, accepted, chosen, is_live, head, tail, self._seq, time.time())
         refs = {bytes.fromhex(block) for block in blocks_of(value)}
@@ -1670,13 +1677,13 @@ class Registers:
             raise
 
     def page(self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool) -> Message:
-        """Entries [key, accepted, head, tail] in key order, head "" for a tombstone; tail if
-        `whole`.
+        """Entries [key, accepted, head, tail, chosen] in key order, head "" for a tombstone; tail
+        if `whole`.
 
         With a delimiter, what shares the part up to it with a live key listed is skipped. "more"
         says that there is more after the last entry.
         """
-        entries: list[list[str]] = []
+        entries: list[list[Any]] = []
         size, more = 0, False
         position: bytes | None = max(prefix, start).encode()
         end = after_prefix(prefix)
@@ -1684,13 +1691,13 @@ class Registers:
             while position is not None and not more:
                 rows = self._rows(bucket, position, end)
                 position = None
-                for raw, accepted, is_live, head, tail in rows:
+                for raw, accepted, is_live, head, tail, chosen in rows:
                     key = raw.decode()
                     if len(entries) >= BATCH or size > PAGE_BYTES:
                         more = True
                         break
                     shown = [head, tail if whole else ""] if is_live else ["", ""]
-                    entries.append([key, accepted, *shown])
+                    entries.append([key, accepted, *shown, bool(chosen)])
                     size += len(raw) + len(shown[0]) + len(shown[1] or "") + 40
                     common = common_prefix(key, prefix, delimiter) if is_live else ""
                     if common:
@@ -1700,7 +1707,7 @@ class Registers:
 
     def _rows(self, bucket: str, position: bytes, end: bytes | None) -> sqlite3.Cursor:
         query = (
-            "SELECT key, accepted, live, head, tail FROM registers"
+            "SELECT key, accepted, live, head, tail, chosen FROM registers"
             " WHERE bucket = ? AND key >= ? AND key != x'' AND accepted != ''"
         )
         if end is None:
@@ -1961,22 +1968,29 @@ class Rounds:
         return live(top.value), top
 
     def gather(
-        self, name: str, bucket: str, fields: Message, has: str, quorum: Callable[[int], int]
-    ) -> Steps[list[Message]]:
+        self,
+        name: str,
+        bucket: str,
+        fields: Message,
+        has: str,
+        quorum: Callable[[int], int],
+        content: Callable[[Groups, Answers], bool] = lambda groups, having: True,
+    ) -> Steps[tuple[Groups, Answers]]:
         """The answers that have the field `has`, from a quorum of those who are asked about
-        `bucket`."""
+        `bucket`; more than a quorum while it is not `content`."""
         started = self.clock()
         while True:
             view = self.view()
             groups = view.groups(bucket)
 
             def enough(answers: Answers, groups: Groups = groups) -> bool:
-                having = {node for node, answer in answers.items() if has in answer}
-                return covers(groups, having, quorum)
+                having = {node: one for node, one in answers.items() if has in one}
+                return covers(groups, having, quorum) and content(groups, having)
 
             answers = yield Ask(name, {"epoch": view.epoch, **fields}, groups, enough, quorum)
-            if enough(answers):
-                return [answer for answer in answers.values() if has in answer]
+            having = {node: answer for node, answer in answers.items() if has in answer}
+            if covers(groups, having, quorum):
+                return groups, having
             if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
                 raise unavailable(groups, answers, "read")
 
@@ -2788,6 +2802,30 @@ def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
 Entry = tuple[str, str, str]  # key, head and tail of a live object
 
 
+def common_end(pages: Iterable[Message]) -> str | None:
+    """The key up to which all pages are complete; None for the end of the bucket."""
+    return min((page["entries"][-1][0] for page in pages if page["more"]), default=None)
+
+
+def doubtful(groups: Groups, pages: Mapping[int, Message]) -> list[str]:
+    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`).
+
+    The highest accepted may be one owner's alone: a change that lost its race, and was answered
+    that it did not happen.
+    """
+    limit = common_end(pages.values())
+    told: dict[str, dict[int, tuple[str, bool, None]]] = {}
+    agreed: set[tuple[str, str]] = set()
+    if covers(groups, pages, change_quorum):  # the usual case, and the fast one
+        places = ({(one[0], one[1]) for one in page["entries"]} for page in pages.values())
+        agreed = set.intersection(*places)
+    for node, page in pages.items():
+        for key, accepted, _, _, chosen in page["entries"]:
+            if (key, accepted) not in agreed and (limit is None or key <= limit):
+                told.setdefault(key, {})[node] = (accepted, chosen, None)
+    return [key for key, one in told.items() if not weigh(groups, one).settled]
+
+
 def merge_pages(
     pages: Sequence[Message], prefix: str, delimiter: str
 ) -> tuple[list[Entry], str | None]:
@@ -2798,14 +2836,13 @@ def merge_pages(
     that with a delimiter an owner skips what shares a common prefix with a live key that it lists.
     If that key is dead after all, nothing behind it is known, and the next page begins there.
     """
-    ends = [page["entries"][-1][0] for page in pages if page["more"]]
-    limit = min(ends, default=None)
+    limit = common_end(pages)
     best: dict[str, tuple[str, str, str]] = {}
     claimed: set[str] = set()
     for page in pages:
-        for key, *rest in page["entries"]:
-            best[key] = max(best.get(key, ("", "", "")), tuple(rest))
-            if rest[1]:
+        for key, accepted, head, tail, *_ in page["entries"]:
+            best[key] = max(best.get(key, ("", "", "")), (accepted, head, tail))
+            if head:
                 claimed.add(key)
     found: list[Entry] = []
     group = ""
@@ -2858,7 +2895,8 @@ class DistributedStore:
         """See Store. All members are asked; so many must answer that each bucket has a read
         quorum."""
         found: dict[str, tuple[str, Value]] = {}
-        for answer in self._run(self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)):
+        asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
+        for answer in self._run(asked)[1].values():
             for name, accepted, value in answer["buckets"]:
                 if accepted > found.get(name, ("", {}))[0]:
                     found[name] = (accepted, value)
@@ -3119,10 +3157,27 @@ class DistributedStore:
                 "whole": whole,
                 "mark": marked["id"] if marked else "",
             }
-            quorum = change_quorum if marked else read_quorum
-            pages = self._run(self.rounds.gather("page", bucket, fields, "entries", quorum))
+            if marked:  # whatever any of them has accepted
+                steps = self.rounds.gather("page", bucket, fields, "entries", change_quorum)
+                pages = list(self._run(steps)[1].values())
+            else:
+                pages = self._settled_pages(bucket, fields)
             found, position = merge_pages(pages, prefix, delimiter)
             yield from found
+
+    def _settled_pages(self, bucket: str, fields: Message) -> list[Message]:
+        """Pages of a read quorum, and one that overrules them: of the keys on which they do not
+        agree, read one by one."""
+        steps = self.rounds.gather(
+            "page", bucket, fields, "entries", read_quorum, lambda *said: not doubtful(*said)
+        )
+        groups, answers = self._run(steps)
+        read: list[list[Any]] = []
+        for key in doubtful(groups, answers):
+            value, _ = self._run(self.rounds.read(bucket, key))
+            shown = head_and_tail(value) if value else ("", "")
+            read.append([key, BEYOND, *shown])
+        return [*answers.values(), {"entries": read, "more": False}]
 
     def concatenate(
         self,
