@@ -1715,12 +1715,13 @@ class Registers:
         return self._db.execute(query + " AND key < ? ORDER BY key", (bucket, position, end))
 
     def buckets(self) -> list[list[Any]]:
-        """[name, accepted, value] of the buckets' own registers."""
+        """[name, accepted, chosen, value] of the buckets' own registers."""
         with self.lock:
             rows = self._db.execute(
-                "SELECT bucket, accepted, head FROM registers WHERE key = x'' AND accepted != ''"
+                "SELECT bucket, accepted, chosen, head FROM registers"
+                " WHERE key = x'' AND accepted != ''"
             ).fetchall()
-        return [[bucket, accepted, json.loads(head)] for bucket, accepted, head in rows]
+        return [[row[0], row[1], bool(row[2]), json.loads(row[3])] for row in rows]
 
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
         """[bucket, key, accepted, chosen] of what was accepted after `since`, of the buckets
@@ -1975,9 +1976,9 @@ class Rounds:
         has: str,
         quorum: Callable[[int], int],
         content: Callable[[Groups, Answers], bool] = lambda groups, having: True,
-    ) -> Steps[tuple[Groups, Answers]]:
+    ) -> Steps[tuple[View, Answers]]:
         """The answers that have the field `has`, from a quorum of those who are asked about
-        `bucket`; more than a quorum while it is not `content`."""
+        `bucket`, and the view that they are of; more than a quorum while it is not `content`."""
         started = self.clock()
         while True:
             view = self.view()
@@ -1990,7 +1991,7 @@ class Rounds:
             answers = yield Ask(name, {"epoch": view.epoch, **fields}, groups, enough, quorum)
             having = {node: answer for node, answer in answers.items() if has in answer}
             if covers(groups, having, quorum):
-                return groups, having
+                return view, having
             if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
                 raise unavailable(groups, answers, "read")
 
@@ -2892,19 +2893,20 @@ class DistributedStore:
     # --- Buckets ---
 
     def list_buckets(self) -> list[zs3.BucketInfo]:
-        """See Store. All members are asked; so many must answer that each bucket has a read
+        """See Store. All members are asked, and so many must answer that each bucket has a read
         quorum."""
-        found: dict[str, tuple[str, Value]] = {}
         asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
-        for answer in self._run(asked)[1].values():
-            for name, accepted, value in answer["buckets"]:
-                if accepted > found.get(name, ("", {}))[0]:
-                    found[name] = (accepted, value)
-        return [
-            zs3.BucketInfo(name, value["bucket"]["created"])
-            for name, (_, value) in sorted(found.items())
-            if live(value)
-        ]
+        view, answers = self._run(asked)
+        told: dict[str, dict[int, Sequence[Any]]] = {}
+        for node, answer in answers.items():
+            for name, *one in answer["buckets"]:
+                told.setdefault(name, {})[node] = one
+        found = []
+        for name in sorted(told):
+            value = self._run(self.rounds.bucket(name, weigh(view.groups(name), told[name])))
+            if value is not None:
+                found.append(zs3.BucketInfo(name, value["bucket"]["created"]))
+        return found
 
     def _most(self, members: int) -> int:
         """So many of the members that every bucket's read quorum is among them."""
@@ -3171,9 +3173,9 @@ class DistributedStore:
         steps = self.rounds.gather(
             "page", bucket, fields, "entries", read_quorum, lambda *said: not doubtful(*said)
         )
-        groups, answers = self._run(steps)
+        view, answers = self._run(steps)
         read: list[list[Any]] = []
-        for key in doubtful(groups, answers):
+        for key in doubtful(view.groups(bucket), answers):
             value, _ = self._run(self.rounds.read(bucket, key))
             shown = head_and_tail(value) if value else ("", "")
             read.append([key, BEYOND, *shown])
@@ -3721,9 +3723,6 @@ class Membership:
         Who was a member at this address before, under another id, lost its disk: it is replaced.
         """
         own = self.node.own
-        view = self.cluster.known_view()
-        if view.member(own.node) is None and self.registers.buckets():
-            self.registers.install([View.from_json(raw) for raw in self.registers.views_after(0)])
 
         def make(view: View) -> View | None:
             if view.member(own.node) == own:
