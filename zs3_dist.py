@@ -433,9 +433,12 @@ def parse_message(name: str, body: bytes | bytearray) -> Message:
     return {field_name: check(raw[field_name]) for field_name, check in fields.items()}
 
 
+JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def pack(message: object) -> bytes:
     """JSON as it goes over the wire."""
-    return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+    return JSON.encode(message).encode()
 
 
 # ===== 4 Peer connections =====
@@ -676,14 +679,9 @@ class Peers:
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
         with self._lock:
-            idle = self._idle.get(address, [])
-            while idle:
-                link = idle.pop()
-                with contextlib.suppress(BlockingIOError):  # nothing to read: it is alive
-                    link.socket.recv(1)  # end of file, or bytes nobody asked for
-                    link.close()
-                    continue
-                return link
+            idle = self._idle.get(address)
+            if idle:
+                return idle.pop()
         return Link(address)
 
     def give(self, address: str, link: Link) -> None:
