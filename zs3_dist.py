@@ -86,7 +86,7 @@ CONTACTS_PER_ANSWER = 40  # 2 k: with k, dead ones could crowd out the last of t
 LOOKUP_WIDTH = 3  # alpha (Kademlia, 2.3)
 REFRESH_SECONDS = 3600.0  # a k-bucket not heard from is looked up (Kademlia, 2.3)
 PROVIDER_SECONDS = 86400.0  # a provider record lives so long (Kademlia, 2.5)
-REPUBLISH_SECONDS = 43200.0  # and is announced again so often: twice a life
+REPUBLISH_SECONDS = 3600.0  # and is announced anew so often: nodes come and go (Kademlia, 2.5)
 MAX_PROVIDERS = 50_000  # provider records kept; the oldest go first
 
 BLOCK_BYTES = 1 << 20  # small, so that dozens of clients' blocks in flight fit in 80 MB
