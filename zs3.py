@@ -64,6 +64,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -79,7 +80,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -225,11 +226,6 @@ PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes noth
 S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
-
-
-def uri_encode(text: str, safe: str = "") -> str:
-    """Percent-encode as SigV4 does: all but A-Z a-z 0-9 - _ . ~ and `safe`, in upper case."""
-    return quote(text, safe=safe + "~")
 
 
 def uri_decode(text: str) -> str:
@@ -588,13 +584,14 @@ def canonical_uri(path: str) -> str:
     In S3, unlike other services, it is encoded once and `//` and `..` stay."""
     if PLAIN_PATH.fullmatch(path):
         return path
-    return quote(unquote_to_bytes(path.encode("latin-1")), safe="/~")
+    return quote(unquote_to_bytes(path.encode("latin-1")), safe="/")
 
 
 def canonical_query(raw_query: str) -> str:
-    """Step 1. Names and values encoded, sorted by both, without the signature itself."""
+    """Step 1. Names and values encoded, all but A-Z a-z 0-9 - _ . ~, and sorted by both, without
+    the signature itself."""
     pairs = (pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature")
-    return "&".join(sorted(f"{uri_encode(name)}={uri_encode(value)}" for name, value in pairs))
+    return "&".join(sorted(f"{quote(name, '')}={quote(value, '')}" for name, value in pairs))
 
 
 def canonical_request(
@@ -1305,10 +1302,8 @@ class ObjectInfo:
         """All but the key, as JSON can hold it, without what is empty."""
         record = {"size": self.size, "etag": self.etag, "modified": self.modified}
         optional = {
-            "headers": self.headers,
-            "checksums": self.checksums,
-            "checksum_type": self.checksum_type,
-            "parts": [list(part) for part in self.parts],
+            "headers": self.headers, "checksums": self.checksums,
+            "checksum_type": self.checksum_type, "parts": [list(part) for part in self.parts],
             "upload_id": self.upload_id,
         }
         return record | {name: value for name, value in optional.items() if value}
@@ -1318,14 +1313,8 @@ class ObjectInfo:
         """The inverse of record()."""
         parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
         return cls(
-            key,
-            record["size"],
-            record["etag"],
-            record["modified"],
-            record.get("headers", {}),
-            record.get("checksums", {}),
-            record.get("checksum_type", ""),
-            parts,
+            key, record["size"], record["etag"], record["modified"], record.get("headers", {}),
+            record.get("checksums", {}), record.get("checksum_type", ""), parts,
             record.get("upload_id", ""),
         )
 
@@ -1470,37 +1459,6 @@ def unspell(path: str) -> str:
     return unquote_to_bytes(text.replace("%", "%25").replace("+", "%").replace("~", "%")).decode()
 
 
-class FileLocks:
-    """Locks by name that hold across threads and across the processes that share a folder. They
-    guard the decision what an object is: the check of a condition, the rename, and what goes with
-    it."""
-
-    def __init__(self, folder: str, kind: str, stripes: int) -> None:
-        self._path = f"{folder}/{kind}"
-        self._threads = [threading.Lock() for _ in range(stripes)]
-        self._files = [-1] * stripes  # opened when first used
-
-    @contextlib.contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """One name at a time. Not to be held twice by one thread: names share stripes."""
-        stripe = zlib.crc32(name.encode()) % len(self._files)
-        with self._threads[stripe]:  # flock alone would let the threads of a process in together
-            if self._files[stripe] < 0:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                self._files[stripe] = os.open(f"{self._path}-{stripe:02x}", flags, 0o666)
-            fcntl.flock(self._files[stripe], fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._files[stripe], fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Close the lock files."""
-        for file in self._files:
-            if file >= 0:
-                os.close(file)
-
-
 class DirectoryCache:
     """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At
     most MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
@@ -1549,44 +1507,40 @@ def read_names(path: str) -> Iterator[str]:
     "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if not name.isascii() and not is_utf8(name):
-                continue  # no key can say it
             try:
+                entry.name.encode()
                 if entry.is_dir():
-                    yield name + "/"
+                    yield entry.name + "/"
                 elif entry.is_file():
-                    yield name
-            except OSError:
-                continue  # a symbolic link that leads nowhere
+                    yield entry.name
+            except (UnicodeEncodeError, OSError):
+                continue  # no key can say it; a symbolic link that leads nowhere
 
 
-def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8: what is not, Python shows with surrogates."""
+Looked = TypeVar("Looked")
+
+
+def find_file(path: str, look: Callable[[str], Looked]) -> Looked:
+    """look(path), with FileNotFoundError for whatever means that no file is there."""
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def file_status(path: str) -> os.stat_result:
-    """The status of a regular file. FileNotFoundError for anything else."""
-    try:
-        status = os.stat(path)
+        return look(path)
     except OSError as error:
         if error.errno in NOTHING_THERE:
             raise FileNotFoundError(path) from None
         raise
+
+
+def file_status(file: str | int) -> os.stat_result:
+    """The status of a regular file, by path or open. FileNotFoundError for anything else."""
+    status = find_file(file, os.stat) if isinstance(file, str) else os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise FileNotFoundError(path)
+        raise FileNotFoundError(file)
     return status
 
 
-def record_holds(record: Any, status: os.stat_result) -> bool:
-    """Whether a file is still the one that its record describes."""
-    is_that = record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size
-    return bool(is_that)
+def open_file(path: str) -> int:
+    """Opened for reading, not to wait for the writer of a FIFO."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 # What a walk finds: key, 0 or 1 (literal or spelled path), path, and the common prefix it is to
@@ -1600,15 +1554,12 @@ class FileStore:
     together."""
 
     XATTR = "user.zs3"
-    OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for a writer of a FIFO
 
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
         self._fsync = fsync
         for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
             os.makedirs(os.path.join(self._root, folder), exist_ok=True)
-        self._key_locks = FileLocks(f"{self._root}/.locks", "key", LOCK_STRIPES)
-        self._bucket_locks = FileLocks(f"{self._root}/.locks", "bucket", 1)
         self._directories = DirectoryCache()
         self._temp_prefix = f"{self._root}/.tmp/{secrets.token_hex(8)}"
         self._temp_count = itertools.count()
@@ -1618,13 +1569,32 @@ class FileStore:
         threading.Thread(target=self._keep_house, name="sweep", daemon=True).start()
 
     def close(self) -> None:
-        """Give back the lock files."""
-        self._key_locks.close()
-        self._bucket_locks.close()
+        """Nothing is held from one request to the next."""
 
     def internal(self, request: Request) -> Response:
         """Nothing: peers are for distributed mode."""
         raise S3Error("NoSuchKey", Key=request.path)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Hold a lock across threads and across the processes that share the folder. They guard the
+        decision what an object is: the check of a condition, the rename, and what goes with it."""
+        # Opened for each holder: flock lets all in together who have it from one open().
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        file = os.open(f"{self._root}/.locks/{name}", flags, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
+
+    def _key_lock(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
+        """Not to be held twice by one thread: keys share stripes."""
+        return self._lock(f"key-{zlib.crc32(f'{bucket}/{key}'.encode()) % LOCK_STRIPES:02x}")
+
+    def _bucket_lock(self) -> contextlib.AbstractContextManager[None]:
+        """One for all buckets: they come and go seldom."""
+        return self._lock("bucket-00")
 
     # --- Buckets ---
 
@@ -1646,7 +1616,7 @@ class FileStore:
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
-        with self._bucket_locks.hold(bucket):
+        with self._bucket_lock():
             try:
                 os.mkdir(self._bucket_path(bucket))
             except FileExistsError:
@@ -1662,7 +1632,7 @@ class FileStore:
         """Nothing but empty directories is ever removed, so no race can lose an object."""
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
-        with self._bucket_locks.hold(bucket):
+        with self._bucket_lock():
             self._require_bucket(bucket)
             try:  # the bucket's folder last: while it is there, so may be objects
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
@@ -1671,7 +1641,7 @@ class FileStore:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise S3Error("BucketNotEmpty", BucketName=bucket) from None
-            remove_files(os.path.join(self._root, ".meta", bucket))
+            shutil.rmtree(f"{self._root}/.meta/{bucket}", ignore_errors=True)
             self._sync_folder(self._root)
 
     def _bucket_path(self, bucket: str) -> str:
@@ -1740,17 +1710,15 @@ class FileStore:
 
     def _write_side(self, path: str, text: bytes) -> None:
         for _ in range(RACE_TRIES):
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._make_folders(os.path.dirname(path))
+            with contextlib.suppress(FileNotFoundError):  # deleted with its bucket: the rename says
                 with open(path, "wb") as side:
                     side.write(text)
                     side.flush()
                     if self._fsync:
                         os.fsync(side.fileno())
-            except (FileNotFoundError, FileExistsError):
-                continue  # the bucket was deleted: the rename to come will say so
-            self._sync_folder(os.path.dirname(path))
-            return
+                self._sync_folder(os.path.dirname(path))
+                return
         raise S3Error("SlowDown")
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
@@ -1770,60 +1738,45 @@ class FileStore:
             record = None  # somebody else's attribute
         return record if isinstance(record, dict) else {}
 
-    def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
-        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited
-        it: its ETag is then made of its size and mtime, with a dash, lest a client take it for an
-        MD5."""
+    def _describe(self, file: str | int, bucket: str, key: str) -> tuple[ObjectInfo, bool]:
+        """The ObjectInfo of a file, by path or open, and whether its record holds. If it was not
+        written for what is there, somebody edited the file: its ETag is then made of its size and
+        mtime, with a dash, lest a client take it for an MD5. FileNotFoundError."""
+        status = file_status(file)
+        record = self._read_record(file, bucket, key, status)
         modified = status.st_mtime_ns / 1e9
-        if record_holds(record, status):
-            return ObjectInfo.from_record(key, record | {"modified": modified})
+        if record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size:
+            return ObjectInfo.from_record(key, record | {"modified": modified}), True
         etag = f"{status.st_mtime_ns:016x}{status.st_size:016x}-0"
-        return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {}))
+        return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {})), False
 
     def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
         """The object at a path, if it is one. Two calls by path may meet two files, one replacing
         the other: where they disagree, look again through one open file."""
         try:
-            status = file_status(path)
-            record = self._read_record(path, bucket, key, status)
-            if not record_holds(record, status):
+            info, holds = self._describe(path, bucket, key)
+            if not holds:
                 with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
-                    file, status, record = self._open_described(path, bucket, key)
-                    os.close(file)
+                    info, content = self._open(path, bucket, key)
+                    content.close()
         except FileNotFoundError:
             return None
-        return self._describe(key, status, record)
+        return info
 
-    def _open_described(
-        self, path: str, bucket: str, key: str
-    ) -> tuple[int, os.stat_result, Any]:
-        """An open file, its status and its record. A file that is deleted or replaced while we look
-        may be without its record already: then look again at the path. FileNotFoundError."""
+    def _open(self, path: str, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
+        """The object at a path. A file that is deleted or replaced while we look may be without its
+        record already: then look again at the path. FileNotFoundError."""
         for _ in range(RACE_TRIES):
-            file, status = self._open_file(path)
+            content = FileContent(find_file(path, open_file))
             try:
-                record = self._read_record(file, bucket, key, status)
-                if record_holds(record, status) or os.fstat(file).st_nlink:
-                    return file, status, record
+                info, holds = self._describe(content.file, bucket, key)
+                if holds or os.fstat(content.file).st_nlink:
+                    return info, content
             except BaseException:
-                os.close(file)
+                content.close()
                 raise
-            os.close(file)
+            content.close()
         raise S3Error("SlowDown")
-
-    def _open_file(self, path: str) -> tuple[int, os.stat_result]:
-        """An open regular file. FileNotFoundError for anything else."""
-        try:
-            file = os.open(path, self.OPEN_FLAGS)
-        except OSError as error:
-            if error.errno in NOTHING_THERE:
-                raise FileNotFoundError(path) from None
-            raise
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(file)
-            raise FileNotFoundError(path)
-        return file, status
 
     # --- Reading ---
 
@@ -1844,8 +1797,7 @@ class FileStore:
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
         for path in self._paths(bucket, key):
             with contextlib.suppress(FileNotFoundError):  # try the next
-                file, status, record = self._open_described(path, bucket, key)
-                return self._describe(key, status, record), FileContent(file)
+                return self._open(path, bucket, key)
         self._require_bucket(bucket)
         raise S3Error("NoSuchKey", Key=key)
 
@@ -1916,11 +1868,7 @@ class FileStore:
     def put_object(
         self, bucket: str, key: str, body: Body, headers: dict[str, str], condition: Condition
     ) -> ObjectInfo:
-        """A condition that fails already is told before the body is read."""
-        self._require_bucket(bucket)
-        if condition != NO_CONDITION:
-            condition.check(self._current(bucket, key))
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             for block in body:
                 write_all(file, block)
             full = "FULL_OBJECT" if body.checksums else ""
@@ -1930,9 +1878,8 @@ class FileStore:
     def copy_object(
         self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
     ) -> ObjectInfo:
-        self._require_bucket(bucket)
         assert isinstance(content, FileContent)
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             self._append(file, content, info.size)
             return self._publish(file, temp, bucket, replace(info, key=key), condition)
 
@@ -1941,10 +1888,7 @@ class FileStore:
         condition: Condition,
     ) -> ObjectInfo:
         """The parts stay until the caller deletes them: a crash on the way loses nothing."""
-        self._require_bucket(bucket)
-        if condition != NO_CONDITION:
-            condition.check(self._current(bucket, key))
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             for part in parts:
                 try:
                     current, content = self.open_object(UPLOADS, part.key)
@@ -1959,10 +1903,9 @@ class FileStore:
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
         self._require_bucket(bucket)
-        with self._key_locks.hold(f"{bucket}/{key}"):
+        with self._key_lock(bucket, key):
             current = self._current(bucket, key)
-            if condition != NO_CONDITION:
-                condition.check(current)
+            condition.check(current)
             if current is None:
                 return
             for path in reversed([*self._paths(bucket, key)]):  # the one that hides the other last
@@ -1988,14 +1931,22 @@ class FileStore:
 
     def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
         """Remove the side file of what had this status, if there was one."""
-        if os.path.isdir(f"{self._root}/.meta/{bucket}"):
-            with contextlib.suppress(FileNotFoundError):  # it described itself
-                os.unlink(self._side_path(bucket, key, status))
+        with contextlib.suppress(FileNotFoundError):  # it described itself
+            os.unlink(self._side_path(bucket, key, status))
+
+    def _check(self, condition: Condition, bucket: str, key: str) -> None:
+        if condition != NO_CONDITION:
+            condition.check(self._current(bucket, key))
 
     @contextlib.contextmanager
-    def _temporary(self) -> Iterator[tuple[int, str]]:
-        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was
-        renamed."""
+    def _temporary(
+        self, bucket: str, key: str, condition: Condition
+    ) -> Iterator[tuple[int, str]]:
+        """A new file in .tmp for an object, open for writing, and its path. Gone at the end unless
+        it was renamed. A bucket that is not there, and a condition that fails already, are told
+        before the body is read."""
+        self._require_bucket(bucket)
+        self._check(condition, bucket, key)
         path = f"{self._temp_prefix}-{next(self._temp_count)}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -2030,20 +1981,23 @@ class FileStore:
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
-        with self._key_locks.hold(f"{bucket}/{info.key}"):
-            if condition != NO_CONDITION:
-                condition.check(self._current(bucket, info.key))
+        with self._key_lock(bucket, info.key):
+            self._check(condition, bucket, info.key)
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
             if literal and self._rename(temp, literal, bucket, info.key):
                 self._remove(special, bucket, info.key)
-            else:
-                self._rename_special(temp, special, bucket, info.key)
+                return info
+            # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
+            with self._bucket_lock():
+                self._require_bucket(bucket)
+                if not self._rename(temp, special, bucket, info.key):
+                    raise FileExistsError(special)
         return info
 
     def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
-        """Rename into a literal path, making its directories. False when the path is taken: it is a
-        directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
+        """Rename into place, making directories. False when the path is taken: it is a directory,
+        or a part of it is a file, which both stand for other keys. NoSuchBucket."""
         replaced = None
         for _ in range(RACE_TRIES):
             try:
@@ -2052,62 +2006,42 @@ class FileStore:
                     if stat.S_ISDIR(replaced.st_mode):
                         return False  # also a link to one, which rename would replace
                 os.rename(temp, path)
-                break
             except FileNotFoundError:
-                require_temp(temp)
-                if not self._make_folders(os.path.dirname(path), bucket):
+                if not os.path.exists(temp):  # untouched for TEMP_SECONDS, and swept by a server
+                    raise S3Error("RequestTimeout") from None
+                self._require_bucket(bucket)
+                if not self._make_folders(os.path.dirname(path)):
                     return False
             except OSError as error:
                 if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
                     raise
                 return False
-        else:
-            raise S3Error("SlowDown")
-        if replaced is not None:
-            self._remove_side(bucket, key, replaced)
-        self._sync_folder(os.path.dirname(path))
-        return True
+            else:
+                if replaced is not None:
+                    self._remove_side(bucket, key, replaced)
+                self._sync_folder(os.path.dirname(path))
+                return True
+        raise S3Error("SlowDown")
 
-    def _make_folders(self, folder: str, bucket: str) -> bool:
-        """Make a folder and those above it, below the bucket's. Someone who deletes the last object
-        beside may remove them again, so the caller tries until it succeeds. False: a file is in the
-        way."""
-        self._require_bucket(bucket)
-        top = self._bucket_path(bucket)
-        for name in filter(None, folder[len(top) :].split("/")):
-            top = f"{top}/{name}"
+    def _make_folders(self, folder: str) -> bool:
+        """Make a folder and those above it, but for a bucket's own. Someone who deletes the last
+        object beside may remove them again, so the caller tries until it succeeds. False: a file is
+        in the way."""
+        top, *names = folder[len(self._root) + 1 :].split("/")
+        path = f"{self._root}/{top}"  # a bucket, .keys or .meta
+        for name in names:
+            path = f"{path}/{name}"
             try:
-                os.mkdir(top)
-                self._sync_folder(os.path.dirname(top))
+                os.mkdir(path)
+                self._sync_folder(os.path.dirname(path))
             except FileExistsError:
-                if not os.path.isdir(top) and os.path.lexists(top):
+                if not os.path.isdir(path) and os.path.lexists(path):
                     return False
             except NotADirectoryError:
                 return False
             except FileNotFoundError:
                 return True  # removed again
         return True
-
-    def _rename_special(self, temp: str, path: str, bucket: str, key: str) -> None:
-        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what
-        keeps delete_bucket from removing it meanwhile."""
-        with self._bucket_locks.hold(bucket):
-            self._require_bucket(bucket)
-            replaced = None
-            with contextlib.suppress(FileNotFoundError):  # nothing to replace
-                replaced = os.stat(path)
-            for _ in range(RACE_TRIES):
-                try:
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    os.rename(temp, path)
-                    break
-                except (FileNotFoundError, FileExistsError):
-                    require_temp(temp)  # else a delete beside removed the folder, which was empty
-            else:
-                raise S3Error("SlowDown")
-            if replaced is not None:
-                self._remove_side(bucket, key, replaced)
-            self._sync_folder(os.path.dirname(path))
 
     def _sync_folder(self, folder: str) -> None:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
@@ -2142,7 +2076,7 @@ class FileStore:
                     self._remove_if_old(path, horizon)
         for bucket in os.listdir(f"{self._root}/{UPLOADS}"):
             if not os.path.isdir(self._bucket_path(bucket)):
-                remove_files(f"{self._root}/{UPLOADS}/{bucket}")
+                shutil.rmtree(f"{self._root}/{UPLOADS}/{bucket}", ignore_errors=True)
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
@@ -2164,13 +2098,6 @@ class FileStore:
         return False
 
 
-def require_temp(path: str) -> None:
-    """RequestTimeout if a temporary file is gone: nothing was written to it for so long that
-    another server, when it started, took it for left over."""
-    if not os.path.exists(path):
-        raise S3Error("RequestTimeout")
-
-
 def write_all(file: int, data: memoryview) -> None:
     """Write every byte: a write to a nearly full disk may take only some."""
     while data:
@@ -2186,15 +2113,6 @@ def remove_empty_folders(folder: str) -> None:
     """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(FileNotFoundError):  # a deletion beside pruned it
-            os.rmdir(path)
-
-
-def remove_files(folder: str) -> None:
-    """Remove a folder of files and folders, but for what somebody puts there meanwhile."""
-    for path, _, names in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # then it stays, and is nothing's
-            for name in names:
-                os.unlink(f"{path}/{name}")
             os.rmdir(path)
 
 
@@ -2230,9 +2148,14 @@ class Upload(NamedTuple):
         return f"{self.bucket}/{self.id}/{number:05d}"
 
 
-def upload_from_info(info: ObjectInfo) -> Upload:
-    """The upload that an object of UPLOADS records, as create_multipart_upload wrote it."""
-    bucket, upload_id, _ = info.key.split("/")
+def find_upload(store: Store, bucket: str, upload_id: str) -> Upload | None:
+    """As create_multipart_upload recorded it; None if there is none, or no longer."""
+    try:
+        info = store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000")
+    except S3Error as error:
+        if error.code != "NoSuchKey":
+            raise
+        return None
     headers = dict(info.headers)
     key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
     kind = headers.pop("zs3-checksum-type")
@@ -2242,30 +2165,18 @@ def upload_from_info(info: ObjectInfo) -> Upload:
 def requested_upload(store: Store, request: Request) -> Upload:
     """The upload of its bucket and key that a request names; NoSuchUpload."""
     bucket, upload_id = request.bucket, request.query["uploadId"]
-    try:
-        if re.fullmatch("[0-9a-f]{32}", upload_id):
-            upload = upload_from_info(store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000"))
-            if upload.key == request.key:
-                return upload
-    except S3Error as error:
-        if error.code != "NoSuchKey":
-            raise
+    if re.fullmatch("[0-9a-f]{32}", upload_id):
+        upload = find_upload(store, bucket, upload_id)
+        if upload is not None and upload.key == request.key:
+            return upload
     store.stat_bucket(bucket)
     raise S3Error("NoSuchUpload", UploadId=upload_id)
 
 
 def list_uploads(store: Store, bucket: str) -> list[Upload]:
     """Every upload in progress in a bucket, by key and then by time of initiation."""
-    found = []
-    seen = store.scan(UPLOADS, f"{bucket}/", f"{bucket}/", "/")
-    for upload_id in {info.key.split("/")[1] for info in seen}:
-        try:
-            info = store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000")
-        except S3Error as error:
-            if error.code != "NoSuchKey":
-                raise
-            continue  # completed or aborted meanwhile
-        found.append(upload_from_info(info))
+    ids = {info.key.split("/")[1] for info in store.scan(UPLOADS, f"{bucket}/", "", "/")}
+    found = [upload for each in ids if (upload := find_upload(store, bucket, each))]
     return sorted(found, key=lambda upload: (upload.key, upload.id))
 
 
@@ -2275,24 +2186,23 @@ def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[i
         yield int(info.key[-5:]), info
 
 
-def discard_upload(store: Store, upload: Upload) -> None:
+def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
     """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
-    for _, part in list(list_parts(store, upload)):
-        store.delete_object(UPLOADS, part.key, NO_CONDITION)
-    store.delete_object(UPLOADS, upload.part_key(0), NO_CONDITION)
+    for info in reversed([*store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", "")]):
+        store.delete_object(UPLOADS, info.key, NO_CONDITION)
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
     the epoch; also of those whose record is gone. Returns the number of uploads."""
-    count, found = 0, list(store.scan(UPLOADS, f"{bucket}/", "", ""))
-    for _, group in itertools.groupby(found, lambda info: info.key.split("/")[1]):
-        infos = list(group)
-        if max(info.modified for info in infos) < horizon:
-            count += 1
-            for info in reversed(infos):
-                store.delete_object(UPLOADS, info.key, NO_CONDITION)
-    return count
+    latest: dict[str, float] = {}
+    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
+        upload_id = info.key.split("/")[1]
+        latest[upload_id] = max(latest.get(upload_id, 0.0), info.modified)
+    stale = [upload_id for upload_id, modified in latest.items() if modified < horizon]
+    for upload_id in stale:
+        discard_upload(store, bucket, upload_id)
+    return len(stale)
 
 
 class ListedPart(NamedTuple):
@@ -2634,7 +2544,7 @@ class ListQuery:
         encoding = query.get("encoding-type", "")
         if encoding not in ("", "url"):
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
-        self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
+        self.show: Callable[[str], str] = quote if encoding else str
         self.fields: dict[str, object] = {
             "Prefix": self.show(self.prefix), "Delimiter": self.show(self.delimiter) or None,
             "EncodingType": encoding or None,
@@ -3063,15 +2973,15 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
         info, condition = finished_info(upload, parts), write_condition(request)
         check_whole_object(request, upload, info)
         info = store.concatenate(request.bucket, request.key, parts, info, condition)
-        discard_upload(store, upload)
+        discard_upload(store, upload.bucket, upload.id)
     except S3Error as error:
         if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
             raise
         info = already_completed(store, request, listed, error)
-    path = f"{request.bucket}/{uri_encode(request.key, '/')}"
+    location = f"http://{request.header('host')}/{request.bucket}/{quote(request.key)}"
     return document(
-        "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}/{path}",
-        Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
+        "CompleteMultipartUploadResult", Location=location, Bucket=request.bucket,
+        Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
     )
 
 
@@ -3106,7 +3016,8 @@ def already_completed(
 def abort_multipart_upload(store: Store, request: Request) -> Response:
     """DELETE /bucket/key?uploadId."""
     refuse_headers(request.headers)
-    discard_upload(store, requested_upload(store, request))
+    upload = requested_upload(store, request)
+    discard_upload(store, upload.bucket, upload.id)
     return Response(204)
 
 
