@@ -347,19 +347,14 @@ def parse_xml(document: bytes, root: str) -> Element:
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for
-    what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange
-    past the end."""
+    """Start and length of `bytes=0-99`, `bytes=100-` or `bytes=-100`; InvalidRange past the end.
+    None for what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers."""
     found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,99})\s*-\s*(\d{0,99})\s*", text, re.ASCII)
-    if found is None or not (found[1] or found[2]):
+    first, last = found.groups() if found else ("", "")
+    if not (first or last) or (first and last and int(last) < int(first)):
         return None
-    if found[1]:
-        start = int(found[1])
-        end = min(int(found[2]), size - 1) if found[2] else size - 1
-        if found[2] and int(found[2]) < start:
-            return None
-    else:
-        start, end = max(size - int(found[2]), 0), size - 1
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
         unsatisfied = {"Content-Range": f"bytes */{size}"}
         raise S3Error("InvalidRange", "", unsatisfied, ActualObjectSize=size, RangeRequested=text)
@@ -462,10 +457,9 @@ class Request:
 
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     """Method, path, query, version and headers of a request's head, which ends with an empty line.
-
-    Stricter than RFC 9112 wherever two readers could disagree on where a request ends: no folded
-    lines, no blanks around a name, no bare CR or LF, one Host. Repeated headers are joined by
-    commas."""
+    Repeated headers are joined by commas. Stricter than RFC 9112 wherever two readers could differ
+    on where a request ends: no folded lines, no blanks around a name, no bare CR or LF, one Host.
+    """
     lines = head[:-4].decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -588,8 +582,7 @@ def canonical_uri(path: str) -> str:
 
 
 def canonical_query(raw_query: str) -> str:
-    """Step 1. Names and values encoded, all but A-Z a-z 0-9 - _ . ~, and sorted by both, without
-    the signature itself."""
+    """Step 1. Names and values encoded (all but A-Z a-z 0-9 - _ . ~), sorted, without signature."""
     pairs = (pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature")
     return "&".join(sorted(f"{quote(name, '')}={quote(value, '')}" for name, value in pairs))
 
@@ -598,8 +591,7 @@ def canonical_request(
     method: str, path: str, raw_query: str, headers: Mapping[str, str],
     signed_headers: str, payload: str,
 ) -> str:
-    """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization; `payload` is what
-    x-amz-content-sha256 says."""
+    """Step 1. `headers` by lower-case name; `payload` is what x-amz-content-sha256 says."""
     names = signed_headers.split(";")
     lines = [f"{name}:{BLANKS.sub(' ', headers.get(name, '')).strip(' ')}\n" for name in names]
     query = canonical_query(raw_query) if raw_query else ""
@@ -1006,9 +998,8 @@ class Crc:
 CRCS = {
     "CRC32": Crc(32, 0xEDB88320, (718, 765, 832, 887, 895)),
     "CRC32C": Crc(32, 0x82F63B78, (454, 505, 510, 532, 563)),
-    "CRC64NVME": Crc(
-        64, 0x9A6C9329AC4BC9B5, (1320, 1395, 1474, 1769, 1882, 1962, 1997, 2164, 2219)
-    ),
+    "CRC64NVME": Crc(64, 0x9A6C9329AC4BC9B5,
+                     (1320, 1395, 1474, 1769, 1882, 1962, 1997, 2164, 2219)),
 }
 
 
@@ -1075,8 +1066,7 @@ class Body:
     """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid
     until the next is asked for. The iteration ends only when all that the client declared was
     verified (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it,
-    `length` is the bytes seen, `md5` their MD5 in hex and `checksums` algorithm -> base64 of what
-    is to be stored."""
+    `length` is the bytes seen, `md5` their MD5 in hex, `checksums` those to store, in base64."""
 
     def __init__(
         self, source: WireBody | AwsChunks | ContentReader | io.BytesIO, size: int | None,
@@ -1136,10 +1126,7 @@ class Body:
     def _fill(self, block: memoryview) -> int:
         """Read until the block is full or the body ends."""
         got = 0
-        while got < len(block):
-            count = self.source.readinto(block[got:])
-            if not count:
-                break
+        while got < len(block) and (count := self.source.readinto(block[got:])):
             got += count
         return got
 
@@ -1339,8 +1326,7 @@ class Condition(NamedTuple):
     if_none_match: str | None = None
 
     def check(self, current: ObjectInfo | None) -> None:
-        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed,
-        NotImplemented."""
+        """Unless the write may replace `current`: NoSuchKey, PreconditionFailed, NotImplemented."""
         if self.if_none_match is not None:
             if self.if_none_match.strip() != "*":
                 raise S3Error("NotImplemented", "If-None-Match of a write can only be *.")
@@ -1358,8 +1344,7 @@ NO_CONDITION = Condition()
 
 class Store(Protocol):
     """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
-    UPLOADS is always there and never listed. A method that changes something has done so when it
-    returns."""
+    UPLOADS is always there and never listed. What a method changes is changed when it returns."""
 
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
@@ -1405,9 +1390,9 @@ class Store(Protocol):
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for
-        key and modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket;
-        Condition.check's."""
+        """Store the objects `parts` of UPLOADS, one after the other, described as in copy_object.
+        InvalidPart when one is not what its ETag says, NoSuchBucket, what Condition.check raises.
+        """
 
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
@@ -1423,7 +1408,6 @@ class FileContent:
         self.file = file  # the descriptor
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self.file)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
@@ -1446,8 +1430,7 @@ UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not 
 def spell(key: str) -> str:
     """A key as a path that any file system can hold, in an order that is that of the keys: bytes of
     0-9 : ; < = > ? @ A-Z [ \\ ] ^ _ ` a-z { | } as they are, those below as +XX, those above as
-    ~XX; cut after every SPELLED_NAME_CHARS into directories, whose names end in "!", which sorts
-    below them all."""
+    ~XX; cut after SPELLED_NAME_CHARS into directories, whose names end in "!", the lowest."""
     text = "".join(SPELLED[byte] for byte in key.encode())
     pieces = [text[at : at + SPELLED_NAME_CHARS] for at in range(0, len(text), SPELLED_NAME_CHARS)]
     return "!/".join(pieces)
@@ -1469,9 +1452,8 @@ class DirectoryCache:
         self._names = 0
 
     def names(self, path: str) -> list[str]:
-        """Regular files by name, directories by name and "/", sorted; [] if it is not there. Sorted
-        so, names stand in the order of the keys: "a-b" (0x2d) comes before what is under "a/"
-        (0x2f)."""
+        """What read_names yields, sorted; [] for a directory that is not there. The "/" gives the
+        order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
         try:
             status = os.stat(path)
             # The ctime too: rsync, cp and tar set a folder's mtime back, but nobody can set that.
@@ -1503,8 +1485,7 @@ class DirectoryCache:
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: regular files, and directories with a
-    "/"."""
+    """The names in a directory that can be part of a key: files, and directories with a "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
             try:
@@ -1549,9 +1530,8 @@ Found = tuple[str, int, str, str]
 
 
 class FileStore:
-    """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
-    describes it is set on the file before the rename, so both appear, and are replaced,
-    together."""
+    """The Store on plain files. Every object is one file, made in .tmp, described by an attribute,
+    and then renamed into place: bytes and description appear, and are replaced, together."""
 
     XATTR = "user.zs3"
 
@@ -1576,25 +1556,19 @@ class FileStore:
         raise S3Error("NoSuchKey", Key=request.path)
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """Hold a lock across threads and across the processes that share the folder. They guard the
-        decision what an object is: the check of a condition, the rename, and what goes with it."""
-        # Opened for each holder: flock lets all in together who have it from one open().
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        file = os.open(f"{self._root}/.locks/{name}", flags, 0o666)
+    def _lock(self, bucket: str, key: str = "") -> Iterator[None]:
+        """Hold the lock of a key, or that of all buckets, against other threads and the processes
+        that share the folder. It guards the decision what an object is: the check of a condition,
+        the rename, and what goes with it. Keys share stripes: no thread may hold two."""
+        stripe = zlib.crc32(f"{bucket}/{key}".encode()) % LOCK_STRIPES
+        path = f"{self._root}/.locks/" + (f"key-{stripe:02x}" if key else "bucket-00")
+        # Opened for each holder: flock lets all in together who share what one open() gave.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
             os.close(file)
-
-    def _key_lock(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
-        """Not to be held twice by one thread: keys share stripes."""
-        return self._lock(f"key-{zlib.crc32(f'{bucket}/{key}'.encode()) % LOCK_STRIPES:02x}")
-
-    def _bucket_lock(self) -> contextlib.AbstractContextManager[None]:
-        """One for all buckets: they come and go seldom."""
-        return self._lock("bucket-00")
 
     # --- Buckets ---
 
@@ -1616,7 +1590,7 @@ class FileStore:
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
-        with self._bucket_lock():
+        with self._lock(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
             except FileExistsError:
@@ -1632,7 +1606,7 @@ class FileStore:
         """Nothing but empty directories is ever removed, so no race can lose an object."""
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
-        with self._bucket_lock():
+        with self._lock(bucket):
             self._require_bucket(bucket)
             try:  # the bucket's folder last: while it is there, so may be objects
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
@@ -1722,8 +1696,7 @@ class FileStore:
         raise S3Error("SlowDown")
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
-        """What _write_record wrote for an open file or a path; {} for one that somebody copied
-        in."""
+        """What _write_record wrote for a file, by path or open; {} if somebody copied it in."""
         try:
             text = os.getxattr(file, self.XATTR)
         except (AttributeError, OSError):
@@ -1903,7 +1876,7 @@ class FileStore:
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
         self._require_bucket(bucket)
-        with self._key_lock(bucket, key):
+        with self._lock(bucket, key):
             current = self._current(bucket, key)
             condition.check(current)
             if current is None:
@@ -1942,9 +1915,8 @@ class FileStore:
     def _temporary(
         self, bucket: str, key: str, condition: Condition
     ) -> Iterator[tuple[int, str]]:
-        """A new file in .tmp for an object, open for writing, and its path. Gone at the end unless
-        it was renamed. A bucket that is not there, and a condition that fails already, are told
-        before the body is read."""
+        """A new file in .tmp for an object, open for writing, and its path; it goes unless it is
+        renamed. What would be refused already is, before the body is read."""
         self._require_bucket(bucket)
         self._check(condition, bucket, key)
         path = f"{self._temp_prefix}-{next(self._temp_count)}"
@@ -1976,12 +1948,11 @@ class FileStore:
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: the one place where objects
-        appear."""
+        """Make a finished temporary file the object `info.key`: only here do objects appear."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
-        with self._key_lock(bucket, info.key):
+        with self._lock(bucket, info.key):
             self._check(condition, bucket, info.key)
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
@@ -1989,7 +1960,7 @@ class FileStore:
                 self._remove(special, bucket, info.key)
                 return info
             # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
-            with self._bucket_lock():
+            with self._lock(bucket):
                 self._require_bucket(bucket)
                 if not self._rename(temp, special, bucket, info.key):
                     raise FileExistsError(special)
@@ -2024,9 +1995,8 @@ class FileStore:
         raise S3Error("SlowDown")
 
     def _make_folders(self, folder: str) -> bool:
-        """Make a folder and those above it, but for a bucket's own. Someone who deletes the last
-        object beside may remove them again, so the caller tries until it succeeds. False: a file is
-        in the way."""
+        """Make a folder and those above it, but for a bucket's own; False: a file is in the way. A
+        deletion of the last object beside may remove them again: the caller tries until it can."""
         top, *names = folder[len(self._root) + 1 :].split("/")
         path = f"{self._root}/{top}"  # a bucket, .keys or .meta
         for name in names:
