@@ -80,7 +80,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -1287,13 +1287,13 @@ class ObjectInfo:
 
     def record(self) -> dict[str, Any]:
         """All but the key, as JSON can hold it, without what is empty."""
-        record = {"size": self.size, "etag": self.etag, "modified": self.modified}
-        optional = {
+        record = {
+            "size": self.size, "etag": self.etag, "modified": self.modified,
             "headers": self.headers, "checksums": self.checksums,
             "checksum_type": self.checksum_type, "parts": [list(part) for part in self.parts],
             "upload_id": self.upload_id,
         }
-        return record | {name: value for name, value in optional.items() if value}
+        return {name: value for name, value in record.items() if value not in ({}, [], "")}
 
     @classmethod
     def from_record(cls, key: str, record: Mapping[str, Any]) -> ObjectInfo:
@@ -1498,10 +1498,11 @@ def read_names(path: str) -> Iterator[str]:
                 continue  # no key can say it; a symbolic link that leads nowhere
 
 
-Looked = TypeVar("Looked")
+# For reading, without waiting for the writer of a FIFO.
+open_file = functools.partial(os.open, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
-def find_file(path: str, look: Callable[[str], Looked]) -> Looked:
+def find_file(path: str, look: Callable[[str], Any]) -> Any:
     """look(path), with FileNotFoundError for whatever means that no file is there."""
     try:
         return look(path)
@@ -1513,15 +1514,10 @@ def find_file(path: str, look: Callable[[str], Looked]) -> Looked:
 
 def file_status(file: str | int) -> os.stat_result:
     """The status of a regular file, by path or open. FileNotFoundError for anything else."""
-    status = find_file(file, os.stat) if isinstance(file, str) else os.fstat(file)
+    status: os.stat_result = find_file(file, os.stat) if isinstance(file, str) else os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise FileNotFoundError(file)
     return status
-
-
-def open_file(path: str) -> int:
-    """Opened for reading, not to wait for the writer of a FIFO."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 # What a walk finds: key, 0 or 1 (literal or spelled path), path, and the common prefix it is to
@@ -1912,9 +1908,7 @@ class FileStore:
             condition.check(self._current(bucket, key))
 
     @contextlib.contextmanager
-    def _temporary(
-        self, bucket: str, key: str, condition: Condition
-    ) -> Iterator[tuple[int, str]]:
+    def _temporary(self, bucket: str, key: str, condition: Condition) -> Iterator[tuple[int, str]]:
         """A new file in .tmp for an object, open for writing, and its path; it goes unless it is
         renamed. What would be refused already is, before the body is read."""
         self._require_bucket(bucket)
@@ -3515,8 +3509,7 @@ class Server(ThreadingHTTPServer):
             response = error_response(refused, S3Error("SlowDown", "Too many connections."))
             assert isinstance(response.body, bytes)
             with contextlib.suppress(OSError):  # it may be gone already
-                request.sendall(render_head(refused, response, keep=False))
-                request.sendall(response.body)
+                request.sendall(render_head(refused, response, keep=False) + response.body)
             self.shutdown_request(request)
 
     def new_id(self) -> str:
