@@ -802,14 +802,13 @@ class WireBody(io.RawIOBase):
             self.proceed = None
         if self.ended:
             return 0
+        self.failed = True  # unless this succeeds
         try:
-            return self._read(memoryview(buffer).cast("B"))
+            got = self._read(memoryview(buffer).cast("B"))
         except BlockingIOError:  # what a time-out is on the connections of section 11
-            self.failed = True
             raise S3Error("RequestTimeout") from None
-        except S3Error:
-            self.failed = True
-            raise
+        self.failed = False
+        return got
 
     def _read(self, view: memoryview) -> int:
         if self._left == 0 and not self._next_chunk():
