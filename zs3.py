@@ -64,6 +64,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -227,11 +228,6 @@ PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
 
 
-def uri_encode(text: str, safe: str = "") -> str:
-    """Percent-encode as SigV4 does: all but A-Z a-z 0-9 - _ . ~ and `safe`, in upper case."""
-    return quote(text, safe=safe + "~")
-
-
 def uri_decode(text: str) -> str:
     """Undo percent-encoding, once: latin-1 text to UTF-8. InvalidURI when it cannot be."""
     if "%" not in text and text.isascii():
@@ -351,19 +347,14 @@ def parse_xml(document: bytes, root: str) -> Element:
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """`bytes=0-99`, `bytes=100-` or `bytes=-100` of `size` bytes, as start and length. None for
-    what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers. InvalidRange
-    past the end."""
+    """Start and length of `bytes=0-99`, `bytes=100-` or `bytes=-100`; InvalidRange past the end.
+    None for what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers."""
     found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,99})\s*-\s*(\d{0,99})\s*", text, re.ASCII)
-    if found is None or not (found[1] or found[2]):
+    first, last = found.groups() if found else ("", "")
+    if not (first or last) or (first and last and int(last) < int(first)):
         return None
-    if found[1]:
-        start = int(found[1])
-        end = min(int(found[2]), size - 1) if found[2] else size - 1
-        if found[2] and int(found[2]) < start:
-            return None
-    else:
-        start, end = max(size - int(found[2]), 0), size - 1
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
         unsatisfied = {"Content-Range": f"bytes */{size}"}
         raise S3Error("InvalidRange", "", unsatisfied, ActualObjectSize=size, RangeRequested=text)
@@ -466,10 +457,9 @@ class Request:
 
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     """Method, path, query, version and headers of a request's head, which ends with an empty line.
-
-    Stricter than RFC 9112 wherever two readers could disagree on where a request ends: no folded
-    lines, no blanks around a name, no bare CR or LF, one Host. Repeated headers are joined by
-    commas."""
+    Repeated headers are joined by commas. Stricter than RFC 9112 wherever two readers could differ
+    on where a request ends: no folded lines, no blanks around a name, no bare CR or LF, one Host.
+    """
     lines = head[:-4].decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -588,21 +578,20 @@ def canonical_uri(path: str) -> str:
     In S3, unlike other services, it is encoded once and `//` and `..` stay."""
     if PLAIN_PATH.fullmatch(path):
         return path
-    return quote(unquote_to_bytes(path.encode("latin-1")), safe="/~")
+    return quote(unquote_to_bytes(path.encode("latin-1")), safe="/")
 
 
 def canonical_query(raw_query: str) -> str:
-    """Step 1. Names and values encoded, sorted by both, without the signature itself."""
+    """Step 1. Names and values encoded (all but A-Z a-z 0-9 - _ . ~), sorted, without signature."""
     pairs = (pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature")
-    return "&".join(sorted(f"{uri_encode(name)}={uri_encode(value)}" for name, value in pairs))
+    return "&".join(sorted(f"{quote(name, '')}={quote(value, '')}" for name, value in pairs))
 
 
 def canonical_request(
     method: str, path: str, raw_query: str, headers: Mapping[str, str],
     signed_headers: str, payload: str,
 ) -> str:
-    """Step 1. `headers` by lower-case name; `signed_headers` as in Authorization; `payload` is what
-    x-amz-content-sha256 says."""
+    """Step 1. `headers` by lower-case name; `payload` is what x-amz-content-sha256 says."""
     names = signed_headers.split(";")
     lines = [f"{name}:{BLANKS.sub(' ', headers.get(name, '')).strip(' ')}\n" for name in names]
     query = canonical_query(raw_query) if raw_query else ""
@@ -813,14 +802,13 @@ class WireBody(io.RawIOBase):
             self.proceed = None
         if self.ended:
             return 0
+        self.failed = True  # unless this succeeds
         try:
-            return self._read(memoryview(buffer).cast("B"))
+            got = self._read(memoryview(buffer).cast("B"))
         except BlockingIOError:  # what a time-out is on the connections of section 11
-            self.failed = True
             raise S3Error("RequestTimeout") from None
-        except S3Error:
-            self.failed = True
-            raise
+        self.failed = False
+        return got
 
     def _read(self, view: memoryview) -> int:
         if self._left == 0 and not self._next_chunk():
@@ -1009,9 +997,8 @@ class Crc:
 CRCS = {
     "CRC32": Crc(32, 0xEDB88320, (718, 765, 832, 887, 895)),
     "CRC32C": Crc(32, 0x82F63B78, (454, 505, 510, 532, 563)),
-    "CRC64NVME": Crc(
-        64, 0x9A6C9329AC4BC9B5, (1320, 1395, 1474, 1769, 1882, 1962, 1997, 2164, 2219)
-    ),
+    "CRC64NVME": Crc(64, 0x9A6C9329AC4BC9B5,
+                     (1320, 1395, 1474, 1769, 1882, 1962, 1997, 2164, 2219)),
 }
 
 
@@ -1078,8 +1065,7 @@ class Body:
     """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid
     until the next is asked for. The iteration ends only when all that the client declared was
     verified (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it,
-    `length` is the bytes seen, `md5` their MD5 in hex and `checksums` algorithm -> base64 of what
-    is to be stored."""
+    `length` is the bytes seen, `md5` their MD5 in hex, `checksums` those to store, in base64."""
 
     def __init__(
         self, source: WireBody | AwsChunks | ContentReader | io.BytesIO, size: int | None,
@@ -1139,10 +1125,7 @@ class Body:
     def _fill(self, block: memoryview) -> int:
         """Read until the block is full or the body ends."""
         got = 0
-        while got < len(block):
-            count = self.source.readinto(block[got:])
-            if not count:
-                break
+        while got < len(block) and (count := self.source.readinto(block[got:])):
             got += count
         return got
 
@@ -1303,29 +1286,21 @@ class ObjectInfo:
 
     def record(self) -> dict[str, Any]:
         """All but the key, as JSON can hold it, without what is empty."""
-        record = {"size": self.size, "etag": self.etag, "modified": self.modified}
-        optional = {
-            "headers": self.headers,
-            "checksums": self.checksums,
-            "checksum_type": self.checksum_type,
-            "parts": [list(part) for part in self.parts],
+        record = {
+            "size": self.size, "etag": self.etag, "modified": self.modified,
+            "headers": self.headers, "checksums": self.checksums,
+            "checksum_type": self.checksum_type, "parts": [list(part) for part in self.parts],
             "upload_id": self.upload_id,
         }
-        return record | {name: value for name, value in optional.items() if value}
+        return {name: value for name, value in record.items() if value not in ({}, [], "")}
 
     @classmethod
     def from_record(cls, key: str, record: Mapping[str, Any]) -> ObjectInfo:
         """The inverse of record()."""
         parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
         return cls(
-            key,
-            record["size"],
-            record["etag"],
-            record["modified"],
-            record.get("headers", {}),
-            record.get("checksums", {}),
-            record.get("checksum_type", ""),
-            parts,
+            key, record["size"], record["etag"], record["modified"], record.get("headers", {}),
+            record.get("checksums", {}), record.get("checksum_type", ""), parts,
             record.get("upload_id", ""),
         )
 
@@ -1350,8 +1325,7 @@ class Condition(NamedTuple):
     if_none_match: str | None = None
 
     def check(self, current: ObjectInfo | None) -> None:
-        """Whether the write may replace `current`: NoSuchKey, PreconditionFailed,
-        NotImplemented."""
+        """Unless the write may replace `current`: NoSuchKey, PreconditionFailed, NotImplemented."""
         if self.if_none_match is not None:
             if self.if_none_match.strip() != "*":
                 raise S3Error("NotImplemented", "If-None-Match of a write can only be *.")
@@ -1369,8 +1343,7 @@ NO_CONDITION = Condition()
 
 class Store(Protocol):
     """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
-    UPLOADS is always there and never listed. A method that changes something has done so when it
-    returns."""
+    UPLOADS is always there and never listed. What a method changes is changed when it returns."""
 
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
@@ -1416,9 +1389,9 @@ class Store(Protocol):
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """Store the objects `parts` of UPLOADS, one after the other, described by `info` but for
-        key and modified. InvalidPart when one is no longer what its ETag says; NoSuchBucket;
-        Condition.check's."""
+        """Store the objects `parts` of UPLOADS, one after the other, described as in copy_object.
+        InvalidPart when one is not what its ETag says, NoSuchBucket, what Condition.check raises.
+        """
 
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
@@ -1434,7 +1407,6 @@ class FileContent:
         self.file = file  # the descriptor
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self.file)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
@@ -1457,8 +1429,7 @@ UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not 
 def spell(key: str) -> str:
     """A key as a path that any file system can hold, in an order that is that of the keys: bytes of
     0-9 : ; < = > ? @ A-Z [ \\ ] ^ _ ` a-z { | } as they are, those below as +XX, those above as
-    ~XX; cut after every SPELLED_NAME_CHARS into directories, whose names end in "!", which sorts
-    below them all."""
+    ~XX; cut after SPELLED_NAME_CHARS into directories, whose names end in "!", the lowest."""
     text = "".join(SPELLED[byte] for byte in key.encode())
     pieces = [text[at : at + SPELLED_NAME_CHARS] for at in range(0, len(text), SPELLED_NAME_CHARS)]
     return "!/".join(pieces)
@@ -1468,37 +1439,6 @@ def unspell(path: str) -> str:
     """The inverse of spell."""
     text = path.replace("!/", "")
     return unquote_to_bytes(text.replace("%", "%25").replace("+", "%").replace("~", "%")).decode()
-
-
-class FileLocks:
-    """Locks by name that hold across threads and across the processes that share a folder. They
-    guard the decision what an object is: the check of a condition, the rename, and what goes with
-    it."""
-
-    def __init__(self, folder: str, kind: str, stripes: int) -> None:
-        self._path = f"{folder}/{kind}"
-        self._threads = [threading.Lock() for _ in range(stripes)]
-        self._files = [-1] * stripes  # opened when first used
-
-    @contextlib.contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """One name at a time. Not to be held twice by one thread: names share stripes."""
-        stripe = zlib.crc32(name.encode()) % len(self._files)
-        with self._threads[stripe]:  # flock alone would let the threads of a process in together
-            if self._files[stripe] < 0:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                self._files[stripe] = os.open(f"{self._path}-{stripe:02x}", flags, 0o666)
-            fcntl.flock(self._files[stripe], fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._files[stripe], fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Close the lock files."""
-        for file in self._files:
-            if file >= 0:
-                os.close(file)
 
 
 class DirectoryCache:
@@ -1511,9 +1451,8 @@ class DirectoryCache:
         self._names = 0
 
     def names(self, path: str) -> list[str]:
-        """Regular files by name, directories by name and "/", sorted; [] if it is not there. Sorted
-        so, names stand in the order of the keys: "a-b" (0x2d) comes before what is under "a/"
-        (0x2f)."""
+        """What read_names yields, sorted; [] for a directory that is not there. The "/" gives the
+        order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
         try:
             status = os.stat(path)
             # The ctime too: rsync, cp and tar set a folder's mtime back, but nobody can set that.
@@ -1545,48 +1484,39 @@ class DirectoryCache:
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: regular files, and directories with a
-    "/"."""
+    """The names in a directory that can be part of a key: files, and directories with a "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if not name.isascii() and not is_utf8(name):
-                continue  # no key can say it
             try:
+                entry.name.encode()
                 if entry.is_dir():
-                    yield name + "/"
+                    yield entry.name + "/"
                 elif entry.is_file():
-                    yield name
-            except OSError:
-                continue  # a symbolic link that leads nowhere
+                    yield entry.name
+            except (UnicodeEncodeError, OSError):
+                continue  # no key can say it; a symbolic link that leads nowhere
 
 
-def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8: what is not, Python shows with surrogates."""
+# For reading, without waiting for the writer of a FIFO.
+open_file = functools.partial(os.open, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def find_file(path: str, look: Callable[[str], Any]) -> Any:
+    """look(path), with FileNotFoundError for whatever means that no file is there."""
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def file_status(path: str) -> os.stat_result:
-    """The status of a regular file. FileNotFoundError for anything else."""
-    try:
-        status = os.stat(path)
+        return look(path)
     except OSError as error:
         if error.errno in NOTHING_THERE:
             raise FileNotFoundError(path) from None
         raise
+
+
+def file_status(file: str | int) -> os.stat_result:
+    """The status of a regular file, by path or open. FileNotFoundError for anything else."""
+    status: os.stat_result = find_file(file, os.stat) if isinstance(file, str) else os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise FileNotFoundError(path)
+        raise FileNotFoundError(file)
     return status
-
-
-def record_holds(record: Any, status: os.stat_result) -> bool:
-    """Whether a file is still the one that its record describes."""
-    is_that = record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size
-    return bool(is_that)
 
 
 # What a walk finds: key, 0 or 1 (literal or spelled path), path, and the common prefix it is to
@@ -1595,20 +1525,16 @@ Found = tuple[str, int, str, str]
 
 
 class FileStore:
-    """The Store on plain files. Every object is one file, made in .tmp and renamed into place; what
-    describes it is set on the file before the rename, so both appear, and are replaced,
-    together."""
+    """The Store on plain files. Every object is one file, made in .tmp, described by an attribute,
+    and then renamed into place: bytes and description appear, and are replaced, together."""
 
     XATTR = "user.zs3"
-    OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for a writer of a FIFO
 
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
         self._fsync = fsync
         for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
             os.makedirs(os.path.join(self._root, folder), exist_ok=True)
-        self._key_locks = FileLocks(f"{self._root}/.locks", "key", LOCK_STRIPES)
-        self._bucket_locks = FileLocks(f"{self._root}/.locks", "bucket", 1)
         self._directories = DirectoryCache()
         self._temp_prefix = f"{self._root}/.tmp/{secrets.token_hex(8)}"
         self._temp_count = itertools.count()
@@ -1618,13 +1544,26 @@ class FileStore:
         threading.Thread(target=self._keep_house, name="sweep", daemon=True).start()
 
     def close(self) -> None:
-        """Give back the lock files."""
-        self._key_locks.close()
-        self._bucket_locks.close()
+        """Nothing is held from one request to the next."""
 
     def internal(self, request: Request) -> Response:
         """Nothing: peers are for distributed mode."""
         raise S3Error("NoSuchKey", Key=request.path)
+
+    @contextlib.contextmanager
+    def _lock(self, bucket: str, key: str = "") -> Iterator[None]:
+        """Hold the lock of a key, or that of all buckets, against other threads and the processes
+        that share the folder. It guards the decision what an object is: the check of a condition,
+        the rename, and what goes with it. Keys share stripes: no thread may hold two."""
+        stripe = zlib.crc32(f"{bucket}/{key}".encode()) % LOCK_STRIPES
+        path = f"{self._root}/.locks/" + (f"key-{stripe:02x}" if key else "bucket-00")
+        # Opened for each holder: flock lets all in together who share what one open() gave.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
 
     # --- Buckets ---
 
@@ -1646,7 +1585,7 @@ class FileStore:
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
-        with self._bucket_locks.hold(bucket):
+        with self._lock(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
             except FileExistsError:
@@ -1662,7 +1601,7 @@ class FileStore:
         """Nothing but empty directories is ever removed, so no race can lose an object."""
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
-        with self._bucket_locks.hold(bucket):
+        with self._lock(bucket):
             self._require_bucket(bucket)
             try:  # the bucket's folder last: while it is there, so may be objects
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
@@ -1671,7 +1610,7 @@ class FileStore:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise S3Error("BucketNotEmpty", BucketName=bucket) from None
-            remove_files(os.path.join(self._root, ".meta", bucket))
+            shutil.rmtree(f"{self._root}/.meta/{bucket}", ignore_errors=True)
             self._sync_folder(self._root)
 
     def _bucket_path(self, bucket: str) -> str:
@@ -1740,22 +1679,19 @@ class FileStore:
 
     def _write_side(self, path: str, text: bytes) -> None:
         for _ in range(RACE_TRIES):
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._make_folders(os.path.dirname(path))
+            with contextlib.suppress(FileNotFoundError):  # deleted with its bucket: the rename says
                 with open(path, "wb") as side:
                     side.write(text)
                     side.flush()
                     if self._fsync:
                         os.fsync(side.fileno())
-            except (FileNotFoundError, FileExistsError):
-                continue  # the bucket was deleted: the rename to come will say so
-            self._sync_folder(os.path.dirname(path))
-            return
+                self._sync_folder(os.path.dirname(path))
+                return
         raise S3Error("SlowDown")
 
     def _read_record(self, file: int | str, bucket: str, key: str, status: os.stat_result) -> Any:
-        """What _write_record wrote for an open file or a path; {} for one that somebody copied
-        in."""
+        """What _write_record wrote for a file, by path or open; {} if somebody copied it in."""
         try:
             text = os.getxattr(file, self.XATTR)
         except (AttributeError, OSError):
@@ -1770,60 +1706,45 @@ class FileStore:
             record = None  # somebody else's attribute
         return record if isinstance(record, dict) else {}
 
-    def _describe(self, key: str, status: os.stat_result, record: Any) -> ObjectInfo:
-        """The ObjectInfo of a file. If it is not what its record was written for, somebody edited
-        it: its ETag is then made of its size and mtime, with a dash, lest a client take it for an
-        MD5."""
+    def _describe(self, file: str | int, bucket: str, key: str) -> tuple[ObjectInfo, bool]:
+        """The ObjectInfo of a file, by path or open, and whether its record holds. If it was not
+        written for what is there, somebody edited the file: its ETag is then made of its size and
+        mtime, with a dash, lest a client take it for an MD5. FileNotFoundError."""
+        status = file_status(file)
+        record = self._read_record(file, bucket, key, status)
         modified = status.st_mtime_ns / 1e9
-        if record_holds(record, status):
-            return ObjectInfo.from_record(key, record | {"modified": modified})
+        if record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size:
+            return ObjectInfo.from_record(key, record | {"modified": modified}), True
         etag = f"{status.st_mtime_ns:016x}{status.st_size:016x}-0"
-        return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {}))
+        return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {})), False
 
     def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
         """The object at a path, if it is one. Two calls by path may meet two files, one replacing
         the other: where they disagree, look again through one open file."""
         try:
-            status = file_status(path)
-            record = self._read_record(path, bucket, key, status)
-            if not record_holds(record, status):
+            info, holds = self._describe(path, bucket, key)
+            if not holds:
                 with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
-                    file, status, record = self._open_described(path, bucket, key)
-                    os.close(file)
+                    info, content = self._open(path, bucket, key)
+                    content.close()
         except FileNotFoundError:
             return None
-        return self._describe(key, status, record)
+        return info
 
-    def _open_described(
-        self, path: str, bucket: str, key: str
-    ) -> tuple[int, os.stat_result, Any]:
-        """An open file, its status and its record. A file that is deleted or replaced while we look
-        may be without its record already: then look again at the path. FileNotFoundError."""
+    def _open(self, path: str, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
+        """The object at a path. A file that is deleted or replaced while we look may be without its
+        record already: then look again at the path. FileNotFoundError."""
         for _ in range(RACE_TRIES):
-            file, status = self._open_file(path)
+            content = FileContent(find_file(path, open_file))
             try:
-                record = self._read_record(file, bucket, key, status)
-                if record_holds(record, status) or os.fstat(file).st_nlink:
-                    return file, status, record
+                info, holds = self._describe(content.file, bucket, key)
+                if holds or os.fstat(content.file).st_nlink:
+                    return info, content
             except BaseException:
-                os.close(file)
+                content.close()
                 raise
-            os.close(file)
+            content.close()
         raise S3Error("SlowDown")
-
-    def _open_file(self, path: str) -> tuple[int, os.stat_result]:
-        """An open regular file. FileNotFoundError for anything else."""
-        try:
-            file = os.open(path, self.OPEN_FLAGS)
-        except OSError as error:
-            if error.errno in NOTHING_THERE:
-                raise FileNotFoundError(path) from None
-            raise
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(file)
-            raise FileNotFoundError(path)
-        return file, status
 
     # --- Reading ---
 
@@ -1844,8 +1765,7 @@ class FileStore:
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
         for path in self._paths(bucket, key):
             with contextlib.suppress(FileNotFoundError):  # try the next
-                file, status, record = self._open_described(path, bucket, key)
-                return self._describe(key, status, record), FileContent(file)
+                return self._open(path, bucket, key)
         self._require_bucket(bucket)
         raise S3Error("NoSuchKey", Key=key)
 
@@ -1916,11 +1836,7 @@ class FileStore:
     def put_object(
         self, bucket: str, key: str, body: Body, headers: dict[str, str], condition: Condition
     ) -> ObjectInfo:
-        """A condition that fails already is told before the body is read."""
-        self._require_bucket(bucket)
-        if condition != NO_CONDITION:
-            condition.check(self._current(bucket, key))
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             for block in body:
                 write_all(file, block)
             full = "FULL_OBJECT" if body.checksums else ""
@@ -1930,9 +1846,8 @@ class FileStore:
     def copy_object(
         self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
     ) -> ObjectInfo:
-        self._require_bucket(bucket)
         assert isinstance(content, FileContent)
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             self._append(file, content, info.size)
             return self._publish(file, temp, bucket, replace(info, key=key), condition)
 
@@ -1941,10 +1856,7 @@ class FileStore:
         condition: Condition,
     ) -> ObjectInfo:
         """The parts stay until the caller deletes them: a crash on the way loses nothing."""
-        self._require_bucket(bucket)
-        if condition != NO_CONDITION:
-            condition.check(self._current(bucket, key))
-        with self._temporary() as (file, temp):
+        with self._temporary(bucket, key, condition) as (file, temp):
             for part in parts:
                 try:
                     current, content = self.open_object(UPLOADS, part.key)
@@ -1959,10 +1871,9 @@ class FileStore:
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
         self._require_bucket(bucket)
-        with self._key_locks.hold(f"{bucket}/{key}"):
+        with self._lock(bucket, key):
             current = self._current(bucket, key)
-            if condition != NO_CONDITION:
-                condition.check(current)
+            condition.check(current)
             if current is None:
                 return
             for path in reversed([*self._paths(bucket, key)]):  # the one that hides the other last
@@ -1988,14 +1899,19 @@ class FileStore:
 
     def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
         """Remove the side file of what had this status, if there was one."""
-        if os.path.isdir(f"{self._root}/.meta/{bucket}"):
-            with contextlib.suppress(FileNotFoundError):  # it described itself
-                os.unlink(self._side_path(bucket, key, status))
+        with contextlib.suppress(FileNotFoundError):  # it described itself
+            os.unlink(self._side_path(bucket, key, status))
+
+    def _check(self, condition: Condition, bucket: str, key: str) -> None:
+        if condition != NO_CONDITION:
+            condition.check(self._current(bucket, key))
 
     @contextlib.contextmanager
-    def _temporary(self) -> Iterator[tuple[int, str]]:
-        """A new file in .tmp, open for writing, and its path. Gone at the end unless it was
-        renamed."""
+    def _temporary(self, bucket: str, key: str, condition: Condition) -> Iterator[tuple[int, str]]:
+        """A new file in .tmp for an object, open for writing, and its path; it goes unless it is
+        renamed. What would be refused already is, before the body is read."""
+        self._require_bucket(bucket)
+        self._check(condition, bucket, key)
         path = f"{self._temp_prefix}-{next(self._temp_count)}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -2025,25 +1941,27 @@ class FileStore:
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: the one place where objects
-        appear."""
+        """Make a finished temporary file the object `info.key`: only here do objects appear."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
-        with self._key_locks.hold(f"{bucket}/{info.key}"):
-            if condition != NO_CONDITION:
-                condition.check(self._current(bucket, info.key))
+        with self._lock(bucket, info.key):
+            self._check(condition, bucket, info.key)
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
             if literal and self._rename(temp, literal, bucket, info.key):
                 self._remove(special, bucket, info.key)
-            else:
-                self._rename_special(temp, special, bucket, info.key)
+                return info
+            # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
+            with self._lock(bucket):
+                self._require_bucket(bucket)
+                if not self._rename(temp, special, bucket, info.key):
+                    raise FileExistsError(special)
         return info
 
     def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
-        """Rename into a literal path, making its directories. False when the path is taken: it is a
-        directory, or a part of it is a file, which both stand for other keys. NoSuchBucket."""
+        """Rename into place, making directories. False when the path is taken: it is a directory,
+        or a part of it is a file, which both stand for other keys. NoSuchBucket."""
         replaced = None
         for _ in range(RACE_TRIES):
             try:
@@ -2052,62 +1970,41 @@ class FileStore:
                     if stat.S_ISDIR(replaced.st_mode):
                         return False  # also a link to one, which rename would replace
                 os.rename(temp, path)
-                break
             except FileNotFoundError:
-                require_temp(temp)
-                if not self._make_folders(os.path.dirname(path), bucket):
+                if not os.path.exists(temp):  # untouched for TEMP_SECONDS, and swept by a server
+                    raise S3Error("RequestTimeout") from None
+                self._require_bucket(bucket)
+                if not self._make_folders(os.path.dirname(path)):
                     return False
             except OSError as error:
                 if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
                     raise
                 return False
-        else:
-            raise S3Error("SlowDown")
-        if replaced is not None:
-            self._remove_side(bucket, key, replaced)
-        self._sync_folder(os.path.dirname(path))
-        return True
+            else:
+                if replaced is not None:
+                    self._remove_side(bucket, key, replaced)
+                self._sync_folder(os.path.dirname(path))
+                return True
+        raise S3Error("SlowDown")
 
-    def _make_folders(self, folder: str, bucket: str) -> bool:
-        """Make a folder and those above it, below the bucket's. Someone who deletes the last object
-        beside may remove them again, so the caller tries until it succeeds. False: a file is in the
-        way."""
-        self._require_bucket(bucket)
-        top = self._bucket_path(bucket)
-        for name in filter(None, folder[len(top) :].split("/")):
-            top = f"{top}/{name}"
+    def _make_folders(self, folder: str) -> bool:
+        """Make a folder and those above it, but for a bucket's own; False: a file is in the way. A
+        deletion of the last object beside may remove them again: the caller tries until it can."""
+        top, *names = folder[len(self._root) + 1 :].split("/")
+        path = f"{self._root}/{top}"  # a bucket, .keys or .meta
+        for name in names:
+            path = f"{path}/{name}"
             try:
-                os.mkdir(top)
-                self._sync_folder(os.path.dirname(top))
+                os.mkdir(path)
+                self._sync_folder(os.path.dirname(path))
             except FileExistsError:
-                if not os.path.isdir(top) and os.path.lexists(top):
+                if not os.path.isdir(path) and os.path.lexists(path):
                     return False
             except NotADirectoryError:
                 return False
             except FileNotFoundError:
                 return True  # removed again
         return True
-
-    def _rename_special(self, temp: str, path: str, bucket: str, key: str) -> None:
-        """Rename into .keys. The bucket's own folder may stay empty by this, so its lock is what
-        keeps delete_bucket from removing it meanwhile."""
-        with self._bucket_locks.hold(bucket):
-            self._require_bucket(bucket)
-            replaced = None
-            with contextlib.suppress(FileNotFoundError):  # nothing to replace
-                replaced = os.stat(path)
-            for _ in range(RACE_TRIES):
-                try:
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    os.rename(temp, path)
-                    break
-                except (FileNotFoundError, FileExistsError):
-                    require_temp(temp)  # else a delete beside removed the folder, which was empty
-            else:
-                raise S3Error("SlowDown")
-            if replaced is not None:
-                self._remove_side(bucket, key, replaced)
-            self._sync_folder(os.path.dirname(path))
 
     def _sync_folder(self, folder: str) -> None:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
@@ -2142,7 +2039,7 @@ class FileStore:
                     self._remove_if_old(path, horizon)
         for bucket in os.listdir(f"{self._root}/{UPLOADS}"):
             if not os.path.isdir(self._bucket_path(bucket)):
-                remove_files(f"{self._root}/{UPLOADS}/{bucket}")
+                shutil.rmtree(f"{self._root}/{UPLOADS}/{bucket}", ignore_errors=True)
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
@@ -2164,13 +2061,6 @@ class FileStore:
         return False
 
 
-def require_temp(path: str) -> None:
-    """RequestTimeout if a temporary file is gone: nothing was written to it for so long that
-    another server, when it started, took it for left over."""
-    if not os.path.exists(path):
-        raise S3Error("RequestTimeout")
-
-
 def write_all(file: int, data: memoryview) -> None:
     """Write every byte: a write to a nearly full disk may take only some."""
     while data:
@@ -2186,15 +2076,6 @@ def remove_empty_folders(folder: str) -> None:
     """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(FileNotFoundError):  # a deletion beside pruned it
-            os.rmdir(path)
-
-
-def remove_files(folder: str) -> None:
-    """Remove a folder of files and folders, but for what somebody puts there meanwhile."""
-    for path, _, names in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # then it stays, and is nothing's
-            for name in names:
-                os.unlink(f"{path}/{name}")
             os.rmdir(path)
 
 
@@ -2230,9 +2111,14 @@ class Upload(NamedTuple):
         return f"{self.bucket}/{self.id}/{number:05d}"
 
 
-def upload_from_info(info: ObjectInfo) -> Upload:
-    """The upload that an object of UPLOADS records, as create_multipart_upload wrote it."""
-    bucket, upload_id, _ = info.key.split("/")
+def find_upload(store: Store, bucket: str, upload_id: str) -> Upload | None:
+    """As create_multipart_upload recorded it; None if there is none, or no longer."""
+    try:
+        info = store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000")
+    except S3Error as error:
+        if error.code != "NoSuchKey":
+            raise
+        return None
     headers = dict(info.headers)
     key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
     kind = headers.pop("zs3-checksum-type")
@@ -2242,30 +2128,18 @@ def upload_from_info(info: ObjectInfo) -> Upload:
 def requested_upload(store: Store, request: Request) -> Upload:
     """The upload of its bucket and key that a request names; NoSuchUpload."""
     bucket, upload_id = request.bucket, request.query["uploadId"]
-    try:
-        if re.fullmatch("[0-9a-f]{32}", upload_id):
-            upload = upload_from_info(store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000"))
-            if upload.key == request.key:
-                return upload
-    except S3Error as error:
-        if error.code != "NoSuchKey":
-            raise
+    if re.fullmatch("[0-9a-f]{32}", upload_id):
+        upload = find_upload(store, bucket, upload_id)
+        if upload is not None and upload.key == request.key:
+            return upload
     store.stat_bucket(bucket)
     raise S3Error("NoSuchUpload", UploadId=upload_id)
 
 
 def list_uploads(store: Store, bucket: str) -> list[Upload]:
     """Every upload in progress in a bucket, by key and then by time of initiation."""
-    found = []
-    seen = store.scan(UPLOADS, f"{bucket}/", f"{bucket}/", "/")
-    for upload_id in {info.key.split("/")[1] for info in seen}:
-        try:
-            info = store.stat_object(UPLOADS, f"{bucket}/{upload_id}/00000")
-        except S3Error as error:
-            if error.code != "NoSuchKey":
-                raise
-            continue  # completed or aborted meanwhile
-        found.append(upload_from_info(info))
+    ids = {info.key.split("/")[1] for info in store.scan(UPLOADS, f"{bucket}/", "", "/")}
+    found = [upload for each in ids if (upload := find_upload(store, bucket, each))]
     return sorted(found, key=lambda upload: (upload.key, upload.id))
 
 
@@ -2275,24 +2149,23 @@ def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[i
         yield int(info.key[-5:]), info
 
 
-def discard_upload(store: Store, upload: Upload) -> None:
+def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
     """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
-    for _, part in list(list_parts(store, upload)):
-        store.delete_object(UPLOADS, part.key, NO_CONDITION)
-    store.delete_object(UPLOADS, upload.part_key(0), NO_CONDITION)
+    for info in reversed([*store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", "")]):
+        store.delete_object(UPLOADS, info.key, NO_CONDITION)
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
     the epoch; also of those whose record is gone. Returns the number of uploads."""
-    count, found = 0, list(store.scan(UPLOADS, f"{bucket}/", "", ""))
-    for _, group in itertools.groupby(found, lambda info: info.key.split("/")[1]):
-        infos = list(group)
-        if max(info.modified for info in infos) < horizon:
-            count += 1
-            for info in reversed(infos):
-                store.delete_object(UPLOADS, info.key, NO_CONDITION)
-    return count
+    latest: dict[str, float] = {}
+    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
+        upload_id = info.key.split("/")[1]
+        latest[upload_id] = max(latest.get(upload_id, 0.0), info.modified)
+    stale = [upload_id for upload_id, modified in latest.items() if modified < horizon]
+    for upload_id in stale:
+        discard_upload(store, bucket, upload_id)
+    return len(stale)
 
 
 class ListedPart(NamedTuple):
@@ -2634,7 +2507,7 @@ class ListQuery:
         encoding = query.get("encoding-type", "")
         if encoding not in ("", "url"):
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request")
-        self.show: Callable[[str], str] = functools.partial(quote, safe="/") if encoding else str
+        self.show: Callable[[str], str] = quote if encoding else str
         self.fields: dict[str, object] = {
             "Prefix": self.show(self.prefix), "Delimiter": self.show(self.delimiter) or None,
             "EncodingType": encoding or None,
@@ -3063,15 +2936,15 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
         info, condition = finished_info(upload, parts), write_condition(request)
         check_whole_object(request, upload, info)
         info = store.concatenate(request.bucket, request.key, parts, info, condition)
-        discard_upload(store, upload)
+        discard_upload(store, upload.bucket, upload.id)
     except S3Error as error:
         if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
             raise
         info = already_completed(store, request, listed, error)
-    path = f"{request.bucket}/{uri_encode(request.key, '/')}"
+    location = f"http://{request.header('host')}/{request.bucket}/{quote(request.key)}"
     return document(
-        "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}/{path}",
-        Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
+        "CompleteMultipartUploadResult", Location=location, Bucket=request.bucket,
+        Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
     )
 
 
@@ -3106,7 +2979,8 @@ def already_completed(
 def abort_multipart_upload(store: Store, request: Request) -> Response:
     """DELETE /bucket/key?uploadId."""
     refuse_headers(request.headers)
-    discard_upload(store, requested_upload(store, request))
+    upload = requested_upload(store, request)
+    discard_upload(store, upload.bucket, upload.id)
     return Response(204)
 
 
@@ -3634,8 +3508,7 @@ class Server(ThreadingHTTPServer):
             response = error_response(refused, S3Error("SlowDown", "Too many connections."))
             assert isinstance(response.body, bytes)
             with contextlib.suppress(OSError):  # it may be gone already
-                request.sendall(render_head(refused, response, keep=False))
-                request.sendall(response.body)
+                request.sendall(render_head(refused, response, keep=False) + response.body)
             self.shutdown_request(request)
 
     def new_id(self) -> str:
