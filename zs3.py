@@ -76,6 +76,7 @@ import zlib
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
@@ -118,6 +119,7 @@ CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
+TURN_SECONDS = 0.05  # a request waits this long for those before it, then no longer
 FULL_SECONDS = 0.1  # between two tries to accept a connection at the limit of open files
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
@@ -795,6 +797,12 @@ class WireBody(io.RawIOBase):
         """For io.BufferedReader."""
         return True
 
+    def is_here(self) -> bool:
+        """Whether all of it has come already, so that reading it will not wait."""
+        if self.ended or self._chunked or not isinstance(self._wire, Wire):
+            return self.ended
+        return self._left <= self._wire.buffered()
+
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
         if self.proceed is not None:
@@ -1090,30 +1098,30 @@ class Body:
         """See the class."""
         self._check_length()
         digests = {name: DIGESTS[name]() for name in self.wanted}
-        # A large body takes turns in two blocks: one is hashed while the next is received, in
-        # threads, as hashlib lets others run meanwhile.
         large = self.size is None or self.size > BLOCK_BYTES
-        # Their pages come when bytes do: a client that sends none costs none.
-        block = memoryview(mmap.mmap(-1, BLOCK_BYTES) if large else bytearray(self.size or 1))
-        spare = memoryview(mmap.mmap(-1, BLOCK_BYTES)) if large else block
-        hashing: list[threading.Thread] = []
-        while got := self._fill(block):
-            self.length += got
-            self._check_length()
-            for thread in hashing:
-                thread.join()
-            hashing.clear()
-            for digest in digests.values():
-                if large:
-                    hashing.append(threading.Thread(target=digest.update, args=(block[:got],)))
-                    hashing[-1].start()
-                else:
-                    digest.update(block[:got])
-            yield block[:got]
-            block, spare = spare, block
-        for thread in hashing:
-            thread.join()
+        yield from self._large(digests) if large else self._small(digests)
         self._finish(digests)
+
+    def _small(self, digests: Mapping[str, Digest]) -> Iterator[memoryview]:
+        block = memoryview(bytearray(self.size or 1))
+        while got := self._fill(block):
+            for digest in digests.values():
+                digest.update(block[:got])
+            yield block[:got]
+
+    def _large(self, digests: Mapping[str, Digest]) -> Iterator[memoryview]:
+        """Two blocks take turns: one is hashed while the next is received, in threads, as hashlib
+        lets others run meanwhile."""
+        # Their pages come when bytes do: a client that sends none costs none.
+        block, spare = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
+        hashing: list[Future[None]] = []
+        with ThreadPoolExecutor(len(digests)) as threads:
+            while got := self._fill(block):
+                for each in hashing:
+                    each.result()
+                hashing = [threads.submit(d.update, block[:got]) for d in digests.values()]
+                yield block[:got]
+                block, spare = spare, block
 
     def _check_length(self) -> None:
         if max(self.length, self.size or 0) > self._limit:
@@ -1127,6 +1135,8 @@ class Body:
         got = 0
         while got < len(block) and (count := self.source.readinto(block[got:])):
             got += count
+        self.length += got
+        self._check_length()
         return got
 
     def _finish(self, digests: Mapping[str, Digest]) -> None:
@@ -1345,6 +1355,8 @@ class Store(Protocol):
     """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
     UPLOADS is always there and never listed. What a method changes is changed when it returns."""
 
+    asks_others: bool  # to do what it does, it may have to wait for other machines
+
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
 
@@ -1529,6 +1541,7 @@ class FileStore:
     and then renamed into place: bytes and description appear, and are replaced, together."""
 
     XATTR = "user.zs3"
+    asks_others = False
 
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
@@ -1898,9 +1911,12 @@ class FileStore:
             folder = os.path.dirname(folder)
 
     def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
-        """Remove the side file of what had this status, if there was one."""
-        with contextlib.suppress(FileNotFoundError):  # it described itself
-            os.unlink(self._side_path(bucket, key, status))
+        """Remove the side file of what had this status, if there was one; unless it is, by the
+        same size in the same tick of the file system's clock, also that of what is there now."""
+        path = self._side_path(bucket, key, status)
+        if not self._side_in_use(bucket, path):
+            with contextlib.suppress(FileNotFoundError):  # it described itself
+                os.unlink(path)
 
     def _check(self, condition: Condition, bucket: str, key: str) -> None:
         if condition != NO_CONDITION:
@@ -2024,7 +2040,10 @@ class FileStore:
 
     def _keep_house(self) -> None:
         while True:
-            self._sweep()
+            try:
+                self._sweep()
+            except OSError as error:
+                LOG.warning("could not look for leftovers: %s", error)  # next time, then
             time.sleep(SWEEP_SECONDS)
 
     def _sweep(self) -> None:
@@ -2052,8 +2071,8 @@ class FileStore:
         try:
             with open(path, "rb") as side:
                 key = json.loads(side.read())["key"]
-        except (FileNotFoundError, ValueError):
-            return False  # gone, or torn by a crash before its object appeared
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False  # gone, torn by a crash before its object appeared, or somebody else's
         for candidate in self._paths(bucket, key):
             with contextlib.suppress(FileNotFoundError):  # try the next
                 if self._side_path(bucket, key, file_status(candidate)) == path:
@@ -3162,7 +3181,6 @@ class Service:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
         if request.bucket == "_zs3" and request.path.startswith("/_zs3/"):
-            request.body = open_body(request, None)
             return self.store.internal(request)
         auth = authenticate(request, self._secrets, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
@@ -3239,6 +3257,10 @@ class Wire:
             raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
         head, self._rest = self._rest[: end + 4], self._rest[end + 4 :]
         return head
+
+    def buffered(self) -> int:
+        """How many bytes have come that nobody has read."""
+        return len(self._rest)
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` with what has come, waiting for the first byte; 0 if the client has gone."""
@@ -3357,7 +3379,8 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.under_way():
                 began = time.monotonic()
                 request = self._parse(head)
-                response = self._respond(request)
+                with self.server.turn(request):
+                    response = self._respond(request)
                 return self._finish(request, response, began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
             request = Request(
@@ -3475,6 +3498,20 @@ class Server(ThreadingHTTPServer):
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._idle = threading.Condition()  # guards the number below; told when it is 0
         self._under_way = 0
+        self._turn = threading.Lock()  # held while a request is answered that waits for nobody
+
+    @contextlib.contextmanager
+    def turn(self, request: Request) -> Iterator[None]:
+        """Requests are answered one after the other: threads that compute beside each other hand on
+        the interpreter's lock at each system call, which takes a third of the throughput with 50
+        connections. Not those that wait for a client or a peer, nor longer than TURN_SECONDS."""
+        alone = request.wire.is_here() and not self.service.store.asks_others
+        alone = alone and self._turn.acquire(timeout=TURN_SECONDS)
+        try:
+            yield
+        finally:
+            if alone:
+                self._turn.release()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:

@@ -2866,6 +2866,8 @@ def merge_pages(
 class DistributedStore:
     """`zs3.Store` over a cluster: every operation works the same on every node."""
 
+    asks_others = True
+
     def __init__(self, cluster: Cluster, seal: Seal) -> None:
         self.cluster, self.seal = cluster, seal
         self.node, self.rounds = cluster.node, cluster.rounds
