@@ -5816,7 +5816,7 @@ def test_a_register_is_linearizable_while_members_join_and_leave() -> None:
         run.drain()
         run.net.loss = 0.0
         for _ in range(6):
-            background(run, list(run.net.clusters.values()))
+            background(list(run.net.clusters.values()))
         members = [c for c in run.clusters() if newest(run).member(c.own.node)]
         views = {c.node.registers.view.epoch for c in members}  # type: ignore[union-attr]
         finals += len(views) == 1 and not members[0].known_view().previous
@@ -5849,12 +5849,12 @@ def change_members(run: Run, pick: random.Random) -> None:
                 other = pick.choice([c for c in run.clusters() if c.own.node != victim])
                 housekeeping(other)[1].forget(victim)
         elif what < 0.9:
-            background(run, pick.choices(run.clusters(), k=3))
+            background(pick.choices(run.clusters(), k=3))
     except S3Error as error:
         assert error.code == "SlowDown", error
 
 
-def background(run: Run, clusters: list[SimCluster]) -> None:
+def background(clusters: list[SimCluster]) -> None:
     for cluster in clusters:
         keep, member = housekeeping(cluster)
         view = cluster.known_view()
@@ -5867,6 +5867,201 @@ def background(run: Run, clusters: list[SimCluster]) -> None:
             keep.bury()
         except S3Error as error:
             assert error.code == "SlowDown", error
+
+
+# --- One interleaving each: what a random walk seldom meets ---
+
+OLD, NEW = "aaaa", "bbbb"
+
+
+def owners(size: int) -> tuple[Net, list[SimCluster]]:
+    """Nodes that all own "bucket", which is there; nothing gets lost but what a test loses."""
+    run = Run(1, size, loss=0.0)
+    return run.net, run.clusters()
+
+
+def say(net: Net, to: SimCluster, name: str, **fields: Any) -> Message:
+    """What one node answers to a message about "bucket" that somebody sends it."""
+    place = {"epoch": to.known_view().epoch, "bucket": "bucket", **fields}
+    answer = net.deliver(name, place, Contact(0, "sim:0"), to.own.node)
+    assert answer is not None
+    return answer
+
+
+def reaching(net: Net, at: SimCluster, ask: Ask, *nodes: SimCluster) -> dict[int, Message]:
+    """What `at` is answered when its question reaches only `nodes`."""
+    answers = {c.node: {"failed": True} for group in ask.groups for c in group}
+    for node in nodes:
+        answers[node.own.node] = net.deliver(ask.name, ask.message, at.own, node.own.node) or {}
+    return answers
+
+
+def put(at: SimCluster, text: str) -> None:
+    at.run(at.rounds.change("bucket", "k", lambda current: value_of(text)))
+
+
+def get(at: SimCluster) -> str:
+    return text_of(at.run(at.rounds.read("bucket", "k"))[0])
+
+
+def delete_for_good(net: Net, nodes: list[SimCluster]) -> None:
+    """Delete k, and have each of its owners drop the tombstone."""
+    nodes[0].run(nodes[0].rounds.change("bucket", "k", lambda current: {"id": "d" * 16}))
+    for node in nodes:
+        housekeeping(node, -1.0)[0].bury()
+    for node in nodes:
+        assert say(net, node, "read", key="k", known="")["accepted"] == ""
+
+
+def come_back(net: Net, node: SimCluster) -> None:
+    """Start a node again that was silent and may have been forgotten."""
+    net.down.discard(node.own.node)
+    node.joined.clear()
+    member = housekeeping(node)[1]
+    member.join()  # asks the others whether it still is a member
+    member.join()  # and enters again if it is not
+    assert node.joined.is_set()
+
+
+def test_an_accept_older_than_a_dropped_tombstone_is_refused() -> None:
+    net, nodes = owners(3)
+    put(nodes[0], OLD)
+    old = say(net, nodes[0], "read", key="k", known="")
+    delete_for_good(net, nodes)
+    late = {"ballot": old["accepted"], "value": old["value"], "chosen": False, "basis": None}
+    assert "refused" in say(net, nodes[1], "accept", key="k", **late)
+    assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_a_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the answer was on its way, the key was deleted, and its tombstone dropped."""
+    net, nodes = owners(3)
+    net.down = {nodes[2].own.node}
+    put(nodes[0], OLD)
+    net.down = set()
+    deliver = net.deliver
+
+    def slow(name: str, *rest: Any) -> Message | None:
+        answer = deliver(name, *rest)
+        if name == "values":
+            monkeypatch.undo()
+            delete_for_good(net, nodes)
+        return answer
+
+    monkeypatch.setattr(net, "deliver", slow)
+    housekeeping(nodes[2])[0].pull()
+    assert net.deliver == deliver  # it was asked for
+    assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_a_value_below_a_promise_is_pulled_by_a_round_of_its_register() -> None:
+    """Taken as it is, it would be shown, and then replaced by one that was decided without it."""
+    net, nodes = owners(3)
+    first, second, third = nodes
+    low, high = (f"{1:08x}{counter:012x}{'0' * 16}" for counter in (500, 501))
+    rest = {"chosen": False, "basis": None}
+    for node in (first, second):
+        assert not say(net, node, "prepare", key="k", ballot=high, known="")["accepted"]
+    low_value, high_value = ({**value_of(text), "base": ""} for text in (OLD, NEW))
+    assert say(net, third, "accept", key="k", ballot=low, value=low_value, **rest)["done"]
+    housekeeping(first)[0].pull()
+    net.down = {second.own.node}
+    assert get(first) == OLD
+    net.down = set()
+    for node in (first, second):
+        say(net, node, "accept", key="k", ballot=high, value=high_value, **rest)
+    assert [get(node) for node in nodes] == [OLD, OLD, OLD]
+
+
+def test_of_two_owners_either_shows_alone_what_both_have_accepted() -> None:
+    for alone in (0, 1):
+        net, nodes = owners(2)
+        put(nodes[0], NEW)
+        net.down = {nodes[1 - alone].own.node}
+        assert get(nodes[alone]) == NEW
+
+
+def test_of_two_owners_neither_shows_alone_what_the_other_may_not_have() -> None:
+    net, nodes = owners(2)
+    put(nodes[0], OLD)
+    steps = nodes[0].rounds.change("bucket", "k", lambda current: value_of(NEW))
+    accept = steps.send(reaching(net, nodes[0], next(steps), *nodes))
+    reaching(net, nodes[0], accept, nodes[0])  # and then the change is given up
+    net.down = {nodes[1].own.node}
+    with pytest.raises(S3Error, match="SlowDown"):
+        get(nodes[0])
+    net.down = {nodes[0].own.node}
+    assert get(nodes[1]) == OLD
+    net.down = set()
+    assert get(nodes[0]) == NEW  # it is finished, then shown
+
+
+def test_an_owner_that_comes_back_has_nothing_of_what_it_missed_the_end_of() -> None:
+    """Forgotten and a member again, it must not bring back a key deleted meanwhile."""
+    net, nodes = owners(3)
+    put(nodes[0], OLD)
+    net.down = {nodes[2].own.node}
+    housekeeping(nodes[0])[1].forget(nodes[2].own.node)
+    background(nodes[:2])
+    delete_for_good(net, nodes[:2])
+    come_back(net, nodes[2])
+    background(nodes)
+    assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_a_forgotten_node_that_a_joint_view_still_counts_keeps_its_registers() -> None:
+    """Half of every quorum is one of the previous owners: it must not vote with amnesia."""
+    net, nodes = owners(3)
+    net.down = {nodes[1].own.node}
+    put(nodes[0], NEW)
+    net.down = {nodes[2].own.node}
+    housekeeping(nodes[0])[1].forget(nodes[2].own.node)
+    come_back(net, nodes[2])
+    assert nodes[2].known_view().previous
+    net.down = {nodes[0].own.node}
+    assert get(nodes[1]) == NEW
+
+
+def test_a_change_that_others_have_built_on_is_not_decided_again() -> None:
+    """Neither PreconditionFailed, since it was done, nor a second time: SlowDown."""
+    net, (first, second, third) = owners(3)
+
+    def create(current: Value | None) -> Value:
+        if current:
+            raise S3Error("PreconditionFailed")
+        return value_of(OLD)
+
+    steps = first.rounds.change("bucket", "k", create)
+    accept = steps.send(reaching(net, first, next(steps), first, second))
+    reaching(net, first, accept, third)  # its answer is lost
+    assert isinstance(steps.send(reaching(net, first, accept)), Pause)
+    accept = steps.send(reaching(net, first, steps.send({}), second, third))
+    assert text_of(accept.message["value"]) == OLD
+    found: list[Value | None] = []
+    second.run(second.rounds.change("bucket", "k", lambda now: found.append(now) or value_of(NEW)))
+    assert text_of(found[-1]) == OLD
+    assert isinstance(steps.send(reaching(net, first, accept, second, third)), Pause)
+    again = reaching(net, first, steps.send({}), first, second, third)
+    with pytest.raises(S3Error, match="SlowDown"):
+        steps.send(again)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_list_of_buckets_does_not_show_what_a_head_may_then_not_find(deleted: bool) -> None:
+    """Only one of three owners has accepted that the bucket is there, or that it is not."""
+    net, (first, _, third) = owners(3)
+    name = "bucket" if deleted else "other"
+    there = {"bucket": {"created": 0.0, "state": "open"}}
+    value = {"id": "1" * 16, "base": "", **({} if deleted else there)}
+    late = {"ballot": f"{1:08x}{500:012x}{'0' * 16}", "value": value}
+    answer = say(net, third, "accept", bucket=name, key="", **late, chosen=False, basis=None)
+    assert answer == {"done": True}
+    store = DistributedStore(first, None)  # type: ignore[arg-type]
+    listed = name in [bucket.name for bucket in store.list_buckets()]
+    net.down = {third.own.node}
+    assert listed == (first.run(first.rounds.bucket(name)) is not None)
 
 
 # --- Kademlia, thousands of nodes in one process ---
