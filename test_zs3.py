@@ -2564,20 +2564,19 @@ def test_of_fifty_clients_with_if_none_match_exactly_one_wins(s3: Client, how: s
     assert s3.head("k").etag == etag
 
 
-def test_a_counter_incremented_with_if_match_loses_nothing(s3: Client) -> None:
-    s3.put("n", b"0").ok()
+def test_what_many_append_with_if_match_is_there_once_each(s3: Client) -> None:
+    s3.put("n", b"").ok()
 
-    def act(_: int) -> Answer:
+    def act(number: int) -> Answer:
+        mine = b"%d " % number
         with contextlib.closing(s3.using(ADMIN)) as client:
-            while True:
-                now = client.get("n").ok()
-                answer = client.put("n", b"%d" % (int(now.body) + 1), if_match=now.etag)
-                if answer.status == 200:
-                    return answer
-                assert answer.status in (412, 409, 503)
+            while mine not in (now := client.get("n").ok()).body:
+                answer = client.put("n", now.body + mine, if_match=now.etag)
+                assert answer.status in (200, 412, 409, 503)  # a 503 may have happened
+        return now
 
     race(8, act)
-    assert s3.get("n").body == b"8"
+    assert sorted(s3.get("n").body.split()) == [b"%d" % number for number in range(8)]
 
 
 # --- Ranges --------------------------------------------------------------------------------------
@@ -4450,6 +4449,35 @@ def test_a_connection_beyond_the_last_is_SlowDown(folder: Path) -> None:
         s3.close()
 
 
+SLOW = """
+import time
+slow = zs3.FileStore.stat_object
+def stat_object(self, bucket, key):
+    time.sleep(2.0 if key == "slow" else 0.0)
+    return slow(self, bucket, key)
+zs3.FileStore.stat_object = stat_object
+"""
+
+
+def test_nobody_waits_for_the_turn_of_a_slow_request_or_of_a_slow_client(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=CHANGED.format(SLOW)) as server:
+        s3 = server.client("bucket")
+        s3.put("k", b"x").ok()
+        began = time.monotonic()
+        with s3.connect() as slow, s3.connect() as half_sent:
+            slow.send(head_bytes("HEAD", "/bucket/slow", s3.signed_head("HEAD", "/bucket/slow")))
+            headers = s3.signed_head("PUT", "/bucket/half") | {"content-length": "8"}
+            half_sent.send(head_bytes("PUT", "/bucket/half", headers) + b"1234")
+            for _ in range(5):
+                assert s3.get("k").ok().body == b"x"
+            assert time.monotonic() - began < 1.5
+            half_sent.send(b"5678")
+            half_sent.answer().ok()
+            assert slow.answer("HEAD").status == 404
+        assert time.monotonic() - began > 1.9, "the slow request was slow"
+        s3.close()
+
+
 def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: Path) -> None:
     run = CHANGED.format("zs3.FileStore.list_buckets = lambda self: 1 // 0")
     with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
@@ -4593,6 +4621,34 @@ def test_a_file_copied_in_is_an_object_at_once(disk: Client) -> None:
     assert disk.get("copy").ok().body == b"copied in"
     disk.delete("new/sub/file.txt").ok()
     assert not (disk.folder / "new/sub/file.txt").exists()
+
+
+def test_the_sweep_goes_on_after_an_error_of_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = zs3.FileStore(str(folder))
+    outcomes = iter([OSError("too many open files"), KeyboardInterrupt()])
+
+    def sweep() -> None:
+        raise next(outcomes)
+
+    monkeypatch.setattr(store, "_sweep", sweep)
+    monkeypatch.setattr(zs3, "SWEEP_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):  # that of the second time
+        store._keep_house()
+
+
+def test_a_description_replaced_within_one_tick_of_the_clock_is_the_new_one(folder: Path) -> None:
+    tick = "\nimport time\ntime.time_ns = lambda: 1_700_000_000_000_000_000"
+    prelude = BEFORE.format(PRELUDES["a file system without xattrs"] + tick)
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=prelude) as server:
+        s3 = server.client("bucket")
+        for body in (b"old", b"new"):
+            etag = s3.put("k", body, content_type=f"text/{body.decode()}").ok().etag
+        got = s3.get("k").ok()
+        assert (got.body, got.etag) == (b"new", etag)
+        assert got.headers["content-type"] == "text/new"
+        s3.close()
 
 
 def test_a_file_edited_by_hand_has_a_new_etag_at_once(disk: Client) -> None:
