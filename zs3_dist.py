@@ -495,8 +495,7 @@ class Seal:
             path,
             "",
             {
-                "host": question.to.address,
-                "x-zs3-from": self._from,
+                "host": question.to.address, "x-zs3-from": self._from,
                 "x-zs3-to": node_hex(question.to.node),
             },
             digest,
@@ -661,11 +660,7 @@ class Peers:
                 self._skipped.pop(node, None)
 
     def ask(
-        self,
-        questions: Sequence[Question],
-        enough: Enough,
-        first: int,
-        seconds: float,
+        self, questions: Sequence[Question], enough: Enough, first: int, seconds: float,
         linger: float = 0,
     ) -> dict[int, Reply]:
         """Answers by node id; those that failed have status 0, those not waited for are missing.
@@ -753,13 +748,8 @@ class Exchange:
     """One `Peers.ask`: questions on their way and the answers so far."""
 
     def __init__(
-        self,
-        peers: Peers,
-        questions: Sequence[Question],
-        enough: Enough,
-        first: int,
-        seconds: float,
-        linger: float,
+        self, peers: Peers, questions: Sequence[Question], enough: Enough, first: int,
+        seconds: float, linger: float,
     ) -> None:
         self.peers, self.enough, self.first, self.linger = peers, enough, first, linger
         self.queue = collections.deque(questions)
@@ -1255,9 +1245,7 @@ class View:
     def as_json(self) -> Value:
         """As on the wire and on disk."""
         return {
-            "cluster": self.cluster,
-            "epoch": self.epoch,
-            "replicas": self.replicas,
+            "cluster": self.cluster, "epoch": self.epoch, "replicas": self.replicas,
             "members": [contact.as_json() for contact in self.members],
             "previous": [contact.as_json() for contact in self.previous],
         }
@@ -1269,11 +1257,8 @@ class View:
         need(isinstance(raw, dict) and set(raw) == names, "view")
         need(1 <= number_field(raw["replicas"]) <= CONTACTS_PER_BUCKET, "replicas")
         return cls(
-            text_field(WRITE_ID)(raw["cluster"]),
-            number_field(raw["epoch"]),
-            raw["replicas"],
-            members_field(raw["members"]),
-            members_field(raw["previous"]),
+            text_field(WRITE_ID)(raw["cluster"]), number_field(raw["epoch"]), raw["replicas"],
+            members_field(raw["members"]), members_field(raw["previous"]),
         )
 
 
@@ -1573,13 +1558,7 @@ class Registers:
             return told(slot, self.basis(bucket, key))
 
     def accept(
-        self,
-        epoch: int,
-        bucket: str,
-        key: str,
-        ballot: str,
-        value: Value,
-        chosen: bool,
+        self, epoch: int, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
         basis: tuple[str, bool, Value] | None,
     ) -> Message:
         """Accept `value`, unless more was promised, or it is an object and its bucket is not
@@ -1629,13 +1608,7 @@ class Registers:
             return True
 
     def _write(
-        self,
-        bucket: str,
-        key: str,
-        promised: str,
-        accepted: str,
-        chosen: bool,
-        value: Value,
+        self, bucket: str, key: str, promised: str, accepted: str, chosen: bool, value: Value,
         old: Value | None,
     ) -> None:
         raw, is_live = key.encode(), live(value) is not None
@@ -1734,8 +1707,7 @@ class Registers:
             [b, key.decode(), accepted, bool(c)] for _, b, key, accepted, c in rows if wanted(b)
         ]
         return {
-            "entries": entries,
-            "upto": rows[-1][0] if rows else since,
+            "entries": entries, "upto": rows[-1][0] if rows else since,
             "more": len(rows) == 5 * BATCH,
         }
 
@@ -1806,12 +1778,7 @@ class Registers:
 
 def told(slot: Slot, basis: list[Any] | None) -> Message:
     """An owner's answer to a question about a register."""
-    return {
-        "accepted": slot.accepted,
-        "chosen": slot.chosen,
-        "value": slot.value,
-        "basis": basis,
-    }
+    return {"accepted": slot.accepted, "chosen": slot.chosen, "value": slot.value, "basis": basis}
 
 
 def bucket_state(basis: Sequence[Any] | None) -> str:
@@ -1967,12 +1934,7 @@ class Rounds:
         return live(top.value), top
 
     def gather(
-        self,
-        name: str,
-        bucket: str,
-        fields: Message,
-        has: str,
-        quorum: Callable[[int], int],
+        self, name: str, bucket: str, fields: Message, has: str, quorum: Callable[[int], int],
         content: Callable[[Groups, Answers], bool] = lambda groups, having: True,
     ) -> Steps[tuple[View, Answers]]:
         """The answers that have the field `has`, from a quorum of those who are asked about
@@ -2025,11 +1987,7 @@ class Change:
     """One change of one register: rounds of prepare and accept until one gets through."""
 
     def __init__(
-        self,
-        rounds: Rounds,
-        bucket: str,
-        key: str,
-        decide: Decide,
+        self, rounds: Rounds, bucket: str, key: str, decide: Decide,
         voters: Callable[[View], Groups],
     ) -> None:
         self.rounds, self.bucket, self.key = rounds, bucket, key
@@ -2073,9 +2031,7 @@ class Change:
         ballot = self.rounds.ballots.next(view.epoch)
         place = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "ballot": ballot}
         answers = yield Ask(
-            "prepare",
-            {**place, "known": ""},
-            groups,
+            "prepare", {**place, "known": ""}, groups,
             lambda answers: covers(groups, told_of(answers), change_quorum) or refused(answers),
         )
         self._note(groups, answers)
@@ -2242,22 +2198,12 @@ class Node:
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.handlers: dict[str, Callable[[Message, Contact], Message]] = {
-            "hello": self.on_hello,
-            "views": self.on_views,
-            "find": self.on_find,
-            "find_providers": self.on_find_providers,
-            "provide": self.on_provide,
-            "prepare": self.on_prepare,
-            "accept": self.on_accept,
-            "learn": self.on_learn,
-            "read": self.on_read,
-            "page": self.on_page,
-            "buckets": self.on_buckets,
-            "changes": self.on_changes,
-            "values": self.on_values,
-            "buried": self.on_buried,
-            "used": self.on_used,
-            "have": self.on_have,
+            "hello": self.on_hello, "views": self.on_views, "find": self.on_find,
+            "find_providers": self.on_find_providers, "provide": self.on_provide,
+            "prepare": self.on_prepare, "accept": self.on_accept, "learn": self.on_learn,
+            "read": self.on_read, "page": self.on_page, "buckets": self.on_buckets,
+            "changes": self.on_changes, "values": self.on_values, "buried": self.on_buried,
+            "used": self.on_used, "have": self.on_have,
         }
 
     def saw(self, contact: Contact) -> None:
@@ -2282,8 +2228,7 @@ class Node:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
-            "contact": self.own.as_json(),
-            "epoch": view.epoch if view else 0,
+            "contact": self.own.as_json(), "epoch": view.epoch if view else 0,
             "synced": self.registers.synced,
             "idle": view is not None and len(view.members) == 1 and not self.registers.buckets(),
             "views": self.registers.views_after(message["epoch"]),
@@ -2515,13 +2460,8 @@ class Cluster:
             answers[node] = reply.json() or {"failed": True}
 
     def tell(
-        self,
-        name: str,
-        message: Message,
-        contacts: Sequence[Contact],
-        enough: Enough | None = None,
-        first: int = MAX_MEMBERS,
-        seconds: float = CONNECT_SECONDS,
+        self, name: str, message: Message, contacts: Sequence[Contact],
+        enough: Enough | None = None, first: int = MAX_MEMBERS, seconds: float = CONNECT_SECONDS,
     ) -> dict[int, Reply]:
         """Send one message to peers; their replies by node id."""
         body = pack(message)
@@ -2992,11 +2932,7 @@ class DistributedStore:
         return info_of(key, value), StoredContent(self.cluster, value)
 
     def put_object(
-        self,
-        bucket: str,
-        key: str,
-        body: zs3.Body,
-        headers: dict[str, str],
+        self, bucket: str, key: str, body: zs3.Body, headers: dict[str, str],
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
         """See Store. What can be refused is refused before the body is read, unless it is small."""
@@ -3095,11 +3031,7 @@ class DistributedStore:
         return info_of(key, written)
 
     def copy_object(
-        self,
-        info: zs3.ObjectInfo,
-        content: zs3.Content,
-        bucket: str,
-        key: str,
+        self, info: zs3.ObjectInfo, content: zs3.Content, bucket: str, key: str,
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
         """See Store. Moves no bytes; the content, as long as it is open, pins the blocks."""
@@ -3137,12 +3069,7 @@ class DistributedStore:
             self._require_bucket(bucket, None)
 
     def _entries(
-        self,
-        bucket: str,
-        prefix: str,
-        start: str,
-        delimiter: str,
-        whole: bool,
+        self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool,
         marked: Value | None = None,
     ) -> Iterator[Entry]:
         """Live entries in key order; with their tails if `whole`. If `marked`, only owners that
@@ -3150,12 +3077,8 @@ class DistributedStore:
         position: str | None = start
         while position is not None:
             fields = {
-                "bucket": bucket,
-                "prefix": prefix,
-                "start": position,
-                "delimiter": delimiter,
-                "whole": whole,
-                "mark": marked["id"] if marked else "",
+                "bucket": bucket, "prefix": prefix, "start": position, "delimiter": delimiter,
+                "whole": whole, "mark": marked["id"] if marked else "",
             }
             if marked:  # whatever any of them has accepted
                 steps = self.rounds.gather("page", bucket, fields, "entries", change_quorum)
@@ -3180,11 +3103,7 @@ class DistributedStore:
         return [*answers.values(), {"entries": read, "more": False}]
 
     def concatenate(
-        self,
-        bucket: str,
-        key: str,
-        parts: Sequence[zs3.ObjectInfo],
-        info: zs3.ObjectInfo,
+        self, bucket: str, key: str, parts: Sequence[zs3.ObjectInfo], info: zs3.ObjectInfo,
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
         """See Store. Moves no bytes, but those of parts so small that they are inline."""
@@ -3998,8 +3917,7 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
     if args.discover:
         member.discovering = True
         store.jobs += [
-            Job(store, member.announce, DISCOVERY_SECONDS),
-            Job(store, member.listen, 1.0),
+            Job(store, member.announce, DISCOVERY_SECONDS), Job(store, member.listen, 1.0)
         ]
     if args.forget:
         node = int(text_field(NODE)(args.forget), 16)
