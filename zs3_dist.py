@@ -157,19 +157,14 @@ def nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contac
 
 def bucket_index(own: int, other: int) -> int:
     """Which k-bucket of `own` holds `other`: the highest bit in which they differ, 0 to ID_BITS -
-    1.
-
-    The ids must differ. (Kademlia, 2.2)
-    """
+    1. The ids must differ. (Kademlia, 2.2)"""
     return (own ^ other).bit_length() - 1
 
 
 class RoutingTable:
     """k-buckets of contacts, least recently seen first. Pure: the clock is an argument; no locks.
-
     Old contacts that still answer are kept and new ones wait, since a node that was up for long is
-    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)
-    """
+    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)"""
 
     def __init__(self, own: int) -> None:
         self.own = own
@@ -194,10 +189,8 @@ class RoutingTable:
         return next(iter(bucket.values()))
 
     def failed(self, contact: Contact) -> None:
-        """`contact` did not answer: the most recently seen waiting contact takes its place.
-
-        With nobody waiting it stays, so that a cut network cable does not empty the table.
-        """
+        """`contact` did not answer: the most recently seen waiting contact takes its place. With
+        nobody waiting it stays, so that a cut network cable does not empty the table."""
         if contact.node == self.own:
             return
         index = bucket_index(self.own, contact.node)
@@ -471,14 +464,11 @@ class Question(NamedTuple):
 
 
 class Seal:
-    """Signs requests to peers and checks theirs: SigV4 under the cluster key.
-
-    The date of a peer's request is not compared with the clock, since a node whose clock is a day
-    off is still a member. What would be gained from the window is had otherwise: the receiver's id
-    is signed, so a request cannot be replayed to another node, and to replay one to the same node
-    changes nothing that a delayed duplicate could not (ballots order everything). Answers carry a
-    proof too.
-    """
+    """Signs requests to peers and checks theirs: SigV4 under the cluster key. The date of a peer's
+    request is not compared with the clock, since a node whose clock is a day off is still a member.
+    What would be gained from the window is had otherwise: the receiver's id is signed, so a request
+    cannot be replayed to another node, and to replay one to the same node changes nothing that a
+    delayed duplicate could not (ballots order everything). Answers carry a proof too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
@@ -550,10 +540,8 @@ class Link:
         return select.POLLIN | (select.POLLOUT if self.outgoing else 0)
 
     def pump(self) -> Reply | None:
-        """Send and receive what can be without waiting. The answer, once it is whole.
-
-        OSError when the connection is of no use any more.
-        """
+        """Send and receive what can be without waiting. The answer, once it is whole. OSError when
+        the connection is of no use any more."""
         while self.outgoing:
             try:
                 sent = self.socket.sendmsg(self.outgoing)
@@ -633,10 +621,8 @@ Enough = Callable[[Mapping[int, Reply]], bool]
 
 
 class Peers:
-    """Asks peers in parallel over kept-alive connections, from the calling thread.
-
-    A peer that does not answer in time is asked last for SKIP_SECONDS, unless it is heard from.
-    """
+    """Asks peers in parallel over kept-alive connections, from the calling thread. A peer that does
+    not answer in time is asked last for SKIP_SECONDS, unless it is heard from."""
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
@@ -664,11 +650,9 @@ class Peers:
         linger: float = 0,
     ) -> dict[int, Reply]:
         """Answers by node id; those that failed have status 0, those not waited for are missing.
-
         `first` questions are asked at once, one more for each that fails or takes HEDGE_SECONDS. It
         ends when `enough` says so (and `linger` seconds later for the rest), or all answered or
-        timed out.
-        """
+        timed out."""
         return Exchange(self, questions, enough, first, seconds, linger).run()
 
     def take(self, address: str) -> Link:
@@ -873,12 +857,10 @@ Lookup = Generator[list[Contact], Mapping[int, "list[Contact] | None"], list[Con
 def lookup(
     target: int, start: Iterable[Contact], own: int, count: int = CONTACTS_PER_BUCKET
 ) -> Lookup:
-    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3)
-
-    A generator: yields the contacts to ask in a round, is sent {node: contacts it knows, None if it
-    did not answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought
-    nobody nearer, all of the nearest that were not asked yet.
-    """
+    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3) A generator:
+    yields the contacts to ask in a round, is sent {node: contacts it knows, None if it did not
+    answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought nobody
+    nearer, all of the nearest that were not asked yet."""
     known = {contact.node: contact for contact in start if contact.node != own}
     asked: set[int] = set()
     width = LOOKUP_WIDTH
@@ -955,11 +937,8 @@ def block_hash(data: bytes | bytearray | memoryview) -> str:
 
 class Blocks:
     """Blocks on this node's disk, each in a file named by its hash. One rename makes a block
-    visible.
-
-    A block's touch time is its file's mtime: garbage collection leaves alone what was touched
-    lately.
-    """
+    visible. A block's touch time is its file's mtime: garbage collection leaves alone what was
+    touched lately."""
 
     def __init__(self, root: Path, fsync: bool = False) -> None:
         self.root, self.fsync = root, fsync
@@ -1060,10 +1039,8 @@ class Blocks:
 
     def remove(self, block: str, touched: float) -> int:
         """Remove the block unless something touched it since `touched`. Returns the bytes freed.
-
         The last look and the unlink are under the hash's lock, as is the touch in `put`: a PUT that
-        met the block either touched it before, and it stays, or finds it gone, and writes it.
-        """
+        met the block either touched it before, and it stays, or finds it gone, and writes it."""
         path = self.path(block)
         with self._lock(block):
             try:
@@ -1413,11 +1390,9 @@ class Registers:
 
     def adopt(self, views: Iterable[View]) -> bool:
         """Enter those of `views`, oldest first, that follow ours one by one. True if there was one.
-
         None is left out: with each that ends a change of owners, the registers that this node does
         not own any more are dropped. It might own them again later, when their tombstones are long
-        forgotten. ValueError when they are another cluster's.
-        """
+        forgotten. ValueError when they are another cluster's."""
         entered = False
         with self.lock:
             for view in views:
@@ -1589,10 +1564,8 @@ class Registers:
         self, epoch: int, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
     ) -> bool:
         """Another owner accepted this: do so too, as if its accept message had come here late.
-
         False when something higher was promised and it is not known to be chosen: then only a round
-        of the register can tell.
-        """
+        of the register can tell."""
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
@@ -1649,11 +1622,8 @@ class Registers:
 
     def page(self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool) -> Message:
         """Entries [key, accepted, head, tail, chosen] in key order, head "" for a tombstone; tail
-        if `whole`.
-
-        With a delimiter, what shares the part up to it with a live key listed is skipped. "more"
-        says that there is more after the last entry.
-        """
+        if `whole`. With a delimiter, what shares the part up to it with a live key listed is
+        skipped. "more" says that there is more after the last entry."""
         entries: list[list[Any]] = []
         size, more = 0, False
         position: bytes | None = max(prefix, start).encode()
@@ -1790,10 +1760,8 @@ def bucket_state(basis: Sequence[Any] | None) -> str:
 
 
 def after_prefix(prefix: str) -> bytes | None:
-    """The first bytes beyond all keys that begin with `prefix`; None for "": no end.
-
-    UTF-8 has no byte 0xff, so that the last byte can always be raised.
-    """
+    """The first bytes beyond all keys that begin with `prefix`; None for "": no end. UTF-8 has no
+    byte 0xff, so that the last byte can always be raised."""
     raw = prefix.encode()
     return raw[:-1] + bytes([raw[-1] + 1]) if raw else None
 
@@ -1849,11 +1817,9 @@ class Top(NamedTuple):
 
 
 def weigh(groups: Groups, told: Mapping[int, Sequence[Any]]) -> Top:
-    """`told` is {node: (accepted, chosen, value)}, a read quorum of each group at least.
-
-    It is settled when a change quorum of each group has it, or an owner knows that it was chosen,
-    or nobody has anything: a change quorum would meet one of these answers.
-    """
+    """`told` is {node: (accepted, chosen, value)}, a read quorum of each group at least. It is
+    settled when a change quorum of each group has it, or an owner knows that it was chosen, or
+    nobody has anything: a change quorum would meet one of these answers."""
     accepted = max(one[0] for one in told.values())
     with_it = {node: one for node, one in told.items() if one[0] == accepted}
     value = next((one[2] for one in with_it.values() if one[2] is not None), None)
@@ -1891,9 +1857,7 @@ class Rounds:
 
     def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
         """The live value of a register, and what is known of its bucket. SlowDown without a quorum.
-
-        One round trip when a change quorum agrees; otherwise it finishes the change it found.
-        """
+        One round trip when a change quorum agrees; otherwise it finishes the change it found."""
         started = self.clock()
         while True:
             view = self.view()
@@ -1974,10 +1938,8 @@ class Rounds:
         self, bucket: str, key: str, decide: Decide, voters: Callable[[View], Groups] | None = None
     ) -> Steps[Value | None]:
         """Put what `decide` makes of the register's live value in its place; returns what is there
-        then.
-
-        Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what happened.
-        """
+        then. Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what
+        happened."""
         return Change(
             self, bucket, key, decide, voters or (lambda view: view.groups(bucket))
         ).steps()
@@ -2214,11 +2176,9 @@ class Node:
                 self.to_ping[oldest.node] = oldest
 
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
-        """Do what a checked message asks. ValueError when it makes no sense here.
-
-        That it is of our epoch, and what is answered, are one step: meanwhile no other view is
-        entered, and no register dropped.
-        """
+        """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
+        epoch, and what is answered, are one step: meanwhile no other view is entered, and no
+        register dropped."""
         if "epoch" not in message or name == "hello":
             return self.handlers[name](message, sender)
         with self.registers.lock:
@@ -2747,11 +2707,9 @@ def common_end(pages: Iterable[Message]) -> str | None:
 
 
 def doubtful(groups: Groups, pages: Mapping[int, Message]) -> list[str]:
-    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`).
-
-    The highest accepted may be one owner's alone: a change that lost its race, and was answered
-    that it did not happen.
-    """
+    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`). The highest
+    accepted may be one owner's alone: a change that lost its race, and was answered that it did not
+    happen."""
     limit = common_end(pages.values())
     told: dict[str, dict[int, tuple[str, bool, None]]] = {}
     agreed: set[tuple[str, str]] = set()
@@ -2769,12 +2727,10 @@ def merge_pages(
     pages: Sequence[Message], prefix: str, delimiter: str
 ) -> tuple[list[Entry], str | None]:
     """The live entries of owners' pages that began at the same key, and where to go on; None at the
-    end.
-
-    For each key the highest accepted ballot wins. A page is complete up to its last entry, except
-    that with a delimiter an owner skips what shares a common prefix with a live key that it lists.
-    If that key is dead after all, nothing behind it is known, and the next page begins there.
-    """
+    end. For each key the highest accepted ballot wins. A page is complete up to its last entry,
+    except that with a delimiter an owner skips what shares a common prefix with a live key that it
+    lists. If that key is dead after all, nothing behind it is known, and the next page begins
+    there."""
     limit = common_end(pages)
     best: dict[str, tuple[str, str, str]] = {}
     claimed: set[str] = set()
@@ -2869,14 +2825,11 @@ class DistributedStore:
         return value is not None and value["id"] == ours["id"]
 
     def delete_bucket(self, bucket: str) -> None:
-        """See Store.
-
-        First the bucket is marked: its owners then refuse new objects. An object that was
-        acknowledged before was accepted by a majority, none of which had the mark; so the owners
-        that have it, also a majority, show at least one that holds it. The mark is removed if there
-        is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while the mark
-        is ours does the tombstone replace it.
-        """
+        """See Store. First the bucket is marked: its owners then refuse new objects. An object that
+        was acknowledged before was accepted by a majority, none of which had the mark; so the
+        owners that have it, also a majority, show at least one that holds it. The mark is removed
+        if there is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while
+        the mark is ours does the tombstone replace it."""
         mark = {"id": secrets.token_hex(8)}
 
         def close(current: Value | None) -> Value | None:
@@ -3362,12 +3315,9 @@ class Housekeeping:
     # --- Tombstones ---
 
     def bury(self) -> None:
-        """Drop tombstones that are older than the grace and that every owner has.
-
-        The clock only says when to ask. What keeps a deleted key from coming back is that no owner
-        has anything older than the tombstone any more, and that all promise not to accept it
-        (`floors`).
-        """
+        """Drop tombstones that are older than the grace and that every owner has. The clock only
+        says when to ask. What keeps a deleted key from coming back is that no owner has anything
+        older than the tombstone any more, and that all promise not to accept it (`floors`)."""
         view = self.cluster.view()
         after = ("", "")
         while True:
@@ -3429,11 +3379,9 @@ class Housekeeping:
             LOG.info("garbage collection freed %d bytes", freed)
 
     def _used(self, blocks: Sequence[str]) -> list[bool] | None:
-        """Which of the blocks any record or operation needs; None unless every node has answered.
-
-        A quorum would do for what was acknowledged. But one silent owner may have accepted a change
-        whose outcome nobody knows; the next reader that meets it there would finish it.
-        """
+        """Which of the blocks any record or operation needs; None unless every node has answered. A
+        quorum would do for what was acknowledged. But one silent owner may have accepted a change
+        whose outcome nobody knows; the next reader that meets it there would finish it."""
         everybody = self.cluster.view().everybody()
         answers = self.cluster.call_all("used", {"hashes": blocks}, everybody)
         if len(answers) < len(everybody):
@@ -3635,10 +3583,8 @@ class Membership:
         self._enter()
 
     def _enter(self) -> None:
-        """Have a view decided of which this node is a member, at its present address.
-
-        Who was a member at this address before, under another id, lost its disk: it is replaced.
-        """
+        """Have a view decided of which this node is a member, at its present address. Who was a
+        member at this address before, under another id, lost its disk: it is replaced."""
         own = self.node.own
 
         def make(view: View) -> View | None:
