@@ -6306,12 +6306,12 @@ def test_merged_pages_are_the_live_keys_with_the_highest_ballot() -> None:
         groups = set()
         for key in live_keys:
             if key.startswith(prefix):
-                group = zs3_dist.common_prefix(key, prefix, delimiter)
+                group = zs3.common_prefix(key, prefix, delimiter)
                 if not group or group not in groups:
                     expected.append(key)
                 groups.add(group)
-        shown = [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in found]
-        assert shown == [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in expected]
+        shown = [zs3.common_prefix(k, prefix, delimiter) or k for k in found]
+        assert shown == [zs3.common_prefix(k, prefix, delimiter) or k for k in expected]
 
 
 # --- Real processes ---

@@ -156,8 +156,8 @@ def nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contac
 
 
 def bucket_index(own: int, other: int) -> int:
-    """Which k-bucket of `own` holds `other`: the highest bit in which they differ, 0 to ID_BITS -
-    1. The ids must differ. (Kademlia, 2.2)"""
+    """Which k-bucket of `own` holds `other`: the highest bit in which they differ, below ID_BITS.
+    The ids must differ. (Kademlia, 2.2)"""
     return (own ^ other).bit_length() - 1
 
 
@@ -173,8 +173,7 @@ class RoutingTable:
         self.heard = [0.0] * ID_BITS
 
     def seen(self, contact: Contact, now: float) -> Contact | None:
-        """`contact` spoke to us. Returns the contact to ping before `contact` can have its
-        place."""
+        """`contact` spoke to us. Returns whom to ping before `contact` can have his place."""
         if contact.node == self.own:
             return None
         index = bucket_index(self.own, contact.node)
@@ -228,6 +227,7 @@ HASHES = re.compile(r"(?:[0-9a-f]{64})*")
 ADDRESS = re.compile(r"[0-9A-Za-z.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.%]{2,60}\]:[0-9]{1,5}")
 WRITE_ID = re.compile(r"[0-9a-f]{16}")
 BUCKET = re.compile(r"[a-z0-9.\-]{1,63}")
+CHECKSUM = re.compile(r".{0,200}")  # of a part, in base64
 MAX_COUNTER = 1 << 62
 MAX_KEY_BYTES = 1200  # S3's 1,024 and the prefix of an upload's parts
 
@@ -242,32 +242,21 @@ def need(condition: object, what: str) -> None:
         raise ValueError(f"bad {what}")
 
 
-def text_field(pattern: re.Pattern[str], empty: bool = False) -> Check:
-    """A check for text that matches `pattern` whole, or is "" where that is allowed."""
+def field_that(holds: Callable[[Any], object], what: str) -> Check:
+    """A check for what `holds`, which is taken as it is."""
 
-    def check(raw: Any) -> str:
-        need(isinstance(raw, str) and ((empty and not raw) or pattern.fullmatch(raw)), "text")
-        return cast(str, raw)
+    def check(raw: Any) -> Any:
+        need(holds(raw), what)
+        return raw
 
     return check
 
 
-def number_field(raw: Any) -> int:
-    """A counter: 0 to MAX_COUNTER."""
-    need(type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
-    return cast(int, raw)
-
-
-def flag_field(raw: Any) -> bool:
-    """true or false."""
-    need(isinstance(raw, bool), "flag")
-    return cast(bool, raw)
-
-
-def key_field(raw: Any) -> str:
-    """An object key, or a prefix or start of keys; "" is the bucket's own register."""
-    need(isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key")
-    return cast(str, raw)
+def text_field(pattern: re.Pattern[str], empty: bool = False) -> Check:
+    """A check for text that matches `pattern` whole, or is "" where that is allowed."""
+    return field_that(
+        lambda raw: isinstance(raw, str) and ((empty and not raw) or pattern.fullmatch(raw)), "text"
+    )
 
 
 def list_field(check: Check, limit: int = BATCH) -> Check:
@@ -295,6 +284,18 @@ def optional_field(check: Check) -> Check:
     return lambda raw: None if raw is None else check(raw)
 
 
+number_field = field_that(lambda raw: type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
+flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
+ballot_field = text_field(BALLOT)
+known_field = text_field(BALLOT, empty=True)
+hashes_field = list_field(text_field(HASH))
+bucket_field = text_field(BUCKET)
+# An object key, or a prefix or start of keys; "" is the bucket's own register.
+key_field = field_that(
+    lambda raw: isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key"
+)
+
+
 def contact_field(raw: Any) -> Contact:
     """[node id, address]."""
     node, address = tuple_field(text_field(NODE), text_field(ADDRESS))(raw)
@@ -309,112 +310,91 @@ def members_field(raw: Any) -> tuple[Contact, ...]:
     return tuple(sorted(contacts))
 
 
-def blocks_field(raw: Any) -> list[Any]:
+def blocks_field(raw: Any) -> Any:
     """[[bytes, hashes joined], ...]: in a segment, each block but the last has BLOCK_BYTES."""
     need(isinstance(raw, list) and len(raw) <= MAX_OBJECT_BLOCKS, "blocks")
     for size, hashes in map(tuple_field(number_field, text_field(HASHES)), raw):
         need(len(hashes) == 64 * -(-size // BLOCK_BYTES), "block count")
-    return cast(list[Any], raw)
+    return raw
 
 
-def info_field(raw: Any) -> Value:
+def info_field(raw: Any) -> Any:
     """ObjectInfo.record()."""
     need(isinstance(raw, dict), "record")
     try:
         zs3.ObjectInfo.from_record("", raw)
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError("bad record") from problem
-    return cast(Value, raw)
+    return raw
 
 
-def parts_field(raw: Any) -> list[Any]:
-    """[[bytes, checksum], ...]: ObjectInfo.parts."""
-    need(isinstance(raw, list) and len(raw) <= zs3.MAX_PART_NUMBER, "parts")
-    for size, checksum in map(tuple_field(number_field, key_field), raw):
-        need(size >= 0 and len(checksum) <= 200, "part")
-    return cast("list[Any]", raw)
-
-
-def inline_field(raw: Any) -> str:
-    """Base64 of at most INLINE_BYTES."""
-    need(
-        isinstance(raw, str) and len(base64.b64decode(raw, validate=True)) <= INLINE_BYTES, "inline"
-    )
-    return cast(str, raw)
-
-
-def bucket_field(raw: Any) -> Value:
+def bucket_record_field(raw: Any) -> Any:
     """{"created": seconds, "state": "open" or "deleting"}."""
     need(isinstance(raw, dict) and set(raw) == {"created", "state"}, "bucket record")
     need(isinstance(raw["created"], (int, float)) and raw["state"] in ("open", "deleting"), "state")
-    return cast(Value, raw)
+    return raw
 
 
-def view_json_field(raw: Any) -> Value:
+def view_field(raw: Any) -> Any:
     """View.as_json()."""
     View.from_json(raw)
-    return cast(Value, raw)
+    return raw
 
 
 VALUE_FIELDS: dict[str, Check] = {
     "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
-    "base": text_field(BALLOT, empty=True),  # where what it replaced had been accepted
+    "base": known_field,  # where what it replaced had been accepted
     "info": info_field,  # an object: ObjectInfo.record()
-    "parts": parts_field,  # ObjectInfo.parts, which a listing does not show
+    "parts": list_field(  # ObjectInfo.parts, which a listing does not show: size and checksum
+        tuple_field(number_field, text_field(CHECKSUM)), zs3.MAX_PART_NUMBER
+    ),
     "blocks": blocks_field,
-    "inline": inline_field,  # its bytes, when they are few
-    "bucket": bucket_field,  # a bucket
-    "view": view_json_field,  # the members of the next view
+    "inline": field_that(  # its bytes in base64, when they are few
+        lambda raw: isinstance(raw, str)
+        and len(base64.b64decode(raw, validate=True)) <= INLINE_BYTES, "inline",
+    ),
+    "bucket": bucket_record_field,  # a bucket
+    "view": view_field,  # the members of the next view
 }
 
 
-def value_field(raw: Any) -> Value:
+def value_field(raw: Any) -> Any:
     """A register's value: {"id"} and, unless it is a tombstone, an object, a bucket or a view."""
     need(isinstance(raw, dict) and "id" in raw and set(raw) <= set(VALUE_FIELDS), "value")
     for name, one in raw.items():
         VALUE_FIELDS[name](one)
-    return cast(Value, raw)
+    return raw
 
 
 EPOCH: dict[str, Check] = {"epoch": number_field}
-PLACE: dict[str, Check] = {**EPOCH, "bucket": text_field(BUCKET), "key": key_field}
+PLACE: dict[str, Check] = {**EPOCH, "bucket": bucket_field, "key": key_field}
 MESSAGES: dict[str, dict[str, Check]] = {
     # message: its fields, each with its check. A field more or less is refused.
     "hello": EPOCH,
-    "views": {"views": list_field(view_json_field)},
+    "views": {"views": list_field(view_field)},
     "find": {"target": text_field(NODE)},
     "find_providers": {"hash": text_field(HASH)},
-    "provide": {"hashes": list_field(text_field(HASH))},
-    "prepare": {**PLACE, "ballot": text_field(BALLOT), "known": text_field(BALLOT, empty=True)},
+    "provide": {"hashes": hashes_field},
+    "prepare": {**PLACE, "ballot": ballot_field, "known": known_field},
     "accept": {
-        **PLACE,
-        "ballot": text_field(BALLOT),
-        "value": value_field,
+        **PLACE, "ballot": ballot_field, "value": value_field,
         "chosen": flag_field,  # true: with this acceptance it is
-        "basis": optional_field(tuple_field(text_field(BALLOT), flag_field, value_field)),
+        "basis": optional_field(tuple_field(ballot_field, flag_field, value_field)),
     },
-    "learn": {**PLACE, "ballot": text_field(BALLOT)},
-    "read": {**PLACE, "known": text_field(BALLOT, empty=True)},
+    "learn": {**PLACE, "ballot": ballot_field},
+    "read": {**PLACE, "known": known_field},
     "page": {
-        **EPOCH,
-        "bucket": text_field(BUCKET),
-        "prefix": key_field,
-        "start": key_field,
-        "delimiter": key_field,
+        **EPOCH, "bucket": bucket_field,
+        "prefix": key_field, "start": key_field, "delimiter": key_field,
         "whole": flag_field,  # true: with the blocks, not only what a listing shows
-        "mark": text_field(
-            WRITE_ID, empty=True
-        ),  # only if the bucket's record is the one of that id
+        "mark": text_field(WRITE_ID, empty=True),  # only if that wrote the bucket's record
     },
     "buckets": EPOCH,
     "changes": {**EPOCH, "since": number_field},
-    "values": {**EPOCH, "places": list_field(tuple_field(text_field(BUCKET), key_field))},
-    "buried": {
-        **EPOCH,
-        "graves": list_field(tuple_field(text_field(BUCKET), key_field, text_field(BALLOT))),
-    },
-    "used": {"hashes": list_field(text_field(HASH))},
-    "have": {"hashes": list_field(text_field(HASH)), "touch": flag_field},
+    "values": {**EPOCH, "places": list_field(tuple_field(bucket_field, key_field))},
+    "buried": {**EPOCH, "graves": list_field(tuple_field(bucket_field, key_field, ballot_field))},
+    "used": {"hashes": hashes_field},
+    "have": {"hashes": hashes_field, "touch": flag_field},
 }
 
 
@@ -472,25 +452,18 @@ class Seal:
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
-        self.secret = hashlib.sha256(b"zs3 cluster\0" + secret.encode()).hexdigest()
+        self.secret = zs3.sha256_hex(b"zs3 cluster\0" + secret.encode())
         self._key = bytes.fromhex(self.secret)
         self._from = " ".join(own.as_json())
 
     def request(self, question: Question) -> tuple[bytes, str]:
         """Head of the HTTP request, and the signature that the answer must prove to have seen."""
-        path = "/_zs3/" + question.path
-        digest = "UNSIGNED-PAYLOAD" if question.raw else hashlib.sha256(question.body).hexdigest()
+        to, path = question.to, "/_zs3/" + question.path
         headers = zs3.sign_headers(
-            "POST",
-            path,
-            "",
-            {
-                "host": question.to.address, "x-zs3-from": self._from,
-                "x-zs3-to": node_hex(question.to.node),
-            },
-            digest,
-            (CLUSTER_ACCESS, self.secret),
-            time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+            "POST", path, "",
+            {"host": to.address, "x-zs3-from": self._from, "x-zs3-to": node_hex(to.node)},
+            "UNSIGNED-PAYLOAD" if question.raw else zs3.sha256_hex(question.body),
+            (CLUSTER_ACCESS, self.secret), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
         )
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         lines.append(f"content-length: {len(question.body)}\r\n\r\n")
@@ -506,11 +479,13 @@ class Seal:
             raise S3Error("AccessDenied", "This request was meant for another node.")
         return contact_field(request.header("x-zs3-from").split(" ")), auth.signature
 
+    def mark(self, data: bytes) -> bytes:
+        """32 bytes that only a holder of the cluster key can say of `data`."""
+        return hmac.digest(self._key, data, "sha256")
+
     def proof(self, signature: str, status: int, body: bytes) -> str:
         """What only a holder of the cluster key can say about this answer to that request."""
-        return hmac.digest(
-            self._key, b"%s %d %s" % (signature.encode(), status, body), "sha256"
-        ).hex()
+        return self.mark(b"%s %d %s" % (signature.encode(), status, body)).hex()
 
 
 class Link:
@@ -580,8 +555,7 @@ REPLY_PROOF = re.compile(rb"\r\nx-zs3-proof: *([0-9a-f]{64})\r\n", re.IGNORECASE
 
 
 def parse_reply(data: bytearray) -> Reply | None:
-    """The HTTP answer in `data` (ours always have a Content-Length), or None while it is not
-    whole."""
+    """The HTTP answer in `data`, which has a Content-Length; None while it is not whole."""
     end = data.find(b"\r\n\r\n", 0, 65536)
     if end < 0:
         return None
@@ -597,17 +571,13 @@ def parse_reply(data: bytearray) -> Reply | None:
 
 
 class Call:
-    """One question on its way over one link."""
+    """One question on its way over one link. A link may have many calls, one after the other."""
 
-    def __init__(self, question: Question, link: Link, seal: Seal) -> None:
-        self.question, self.link, self.seal = question, link, seal
-        self.head, self.signature = seal.request(question)
-        link.begin(self.head, question.body)
-
-    def again(self, link: Link) -> None:
-        """Send it once more: the kept-alive connection had been closed. Messages are idempotent."""
-        self.link = link
-        link.begin(self.head, self.question.body)
+    def __init__(self, question: Question, link: Link, seal: Seal, deadline: float) -> None:
+        self.question, self.link, self.seal, self.deadline = question, link, seal, deadline
+        self.to = question.to
+        head, self.signature = seal.request(question)
+        link.begin(head, question.body)
 
     def good(self, reply: Reply) -> bool:
         """Did the answer come from a holder of the cluster key? A block proves itself."""
@@ -629,7 +599,7 @@ class Peers:
         self._lock = threading.Lock()  # guards _idle, _skipped, _late
         self._idle: dict[str, list[Link]] = {}
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
-        self._late: list[tuple[float, Call]] = []
+        self._late: set[Call] = set()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
         self.closed = False
@@ -677,12 +647,13 @@ class Peers:
         with self._lock:
             self._skipped[node] = time.monotonic() + SKIP_SECONDS
 
-    def later(self, deadline: float, calls: Iterable[Call]) -> None:
+    def later(self, calls: Collection[Call]) -> None:
         """Hand over calls whose answers nobody waits for, so that their connections live on."""
-        with self._lock:
-            self._late += [(deadline, call) for call in calls]
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
-            self._wake_write.send(b"x")
+        if calls:
+            with self._lock:
+                self._late.update(calls)
+            with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
+                self._wake_write.send(b"x")
 
     def _collect_late(self) -> None:
         while not self.closed:
@@ -690,31 +661,31 @@ class Peers:
             poller.register(self._wake_read, select.POLLIN)
             with self._lock:
                 late = list(self._late)
-            for _, call in late:
+            for call in late:
                 poller.register(call.link.socket, call.link.events())
             ready = {fd for fd, _ in poller.poll(250 if late else 2000)}
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
-            done = {id(call) for deadline, call in late if self._finished(deadline, call, ready)}
+            over = {call for call in late if self._finished(call, ready)}
             with self._lock:
-                self._late = [item for item in self._late if id(item[1]) not in done]
+                self._late -= over
 
-    def _finished(self, deadline: float, call: Call, ready: Collection[int]) -> bool:
+    def _finished(self, call: Call, ready: Collection[int]) -> bool:
         """Move one late call on; True when it is over."""
         try:
             if call.link.socket.fileno() in ready:
                 if call.link.pump() is None:
                     return False
-                self.give(call.question.to.address, call.link)
-                self.heard(call.question.to.node)
+                self.give(call.to.address, call.link)
+                self.heard(call.to.node)
                 return True
         except OSError:
             call.link.close()  # the peer went away; whoever needs it next will notice
             return True
-        if time.monotonic() < deadline:
+        if time.monotonic() < call.deadline:
             return False
         call.link.close()
-        self.fail(call.question.to.node)
+        self.fail(call.to.node)
         return True
 
     def close(self) -> None:
@@ -741,7 +712,7 @@ class Exchange:
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
         self.hedge = time.monotonic() + self.patience
-        self.calls: dict[int, Call] = {}  # file descriptor -> call
+        self.calls: dict[int, Call] = {}  # by file descriptor
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
 
@@ -758,16 +729,14 @@ class Exchange:
         return self.answers
 
     def _leave(self) -> None:
+        """Give up calls that could not even be sent; the others may be answered late."""
+        sent = [call for call in self.calls.values() if not call.link.outgoing]
         unsent = [call for call in self.calls.values() if call.link.outgoing]
         for call in unsent:
             call.link.close()
-            self.peers.fail(call.question.to.node)
-        sent = [call for call in self.calls.values() if not call.link.outgoing]
-        if sent:
-            self.peers.later(self.deadline, sent)
-        if self.linger:
-            for call in sent:
-                self.peers.fail(call.question.to.node)
+        for call in self.calls.values() if self.linger else unsent:
+            self.peers.fail(call.to.node)
+        self.peers.later(sent)
 
     def _step(self, stop: float) -> None:
         now = time.monotonic()
@@ -781,72 +750,70 @@ class Exchange:
         until = min(stop, self.hedge) if self.queue else stop
         for fd, _ in self.poller.poll(max(1.0, (until - now) * 1000) if self.calls else 0):
             if fd in self.calls:
-                self._pump(fd)
+                self._pump(self.calls[fd])
 
     def _start(self) -> None:
+        """Ask the next in the queue."""
         if not self.queue:
             return
         question = self.queue.popleft()
         self.hedge = time.monotonic() + self.patience
         try:
-            call = Call(question, self.peers.take(question.to.address), self.peers.seal)
+            link = self.peers.take(question.to.address)
         except OSError:
             self.answers[question.to.node] = Reply(0)
             self.peers.fail(question.to.node)
             return self._start()
-        self._watch(call)
+        self._send(question, link)
 
-    def _watch(self, call: Call) -> None:
-        fd = call.link.socket.fileno()
-        self.calls[fd] = call
-        self.poller.register(fd, call.link.events())
-        self._pump(fd)
+    def _send(self, question: Question, link: Link) -> None:
+        call = Call(question, link, self.peers.seal, self.deadline)
+        self.calls[link.socket.fileno()] = call
+        self.poller.register(link.socket, link.events())
+        self._pump(call)
 
-    def _pump(self, fd: int) -> None:
-        call = self.calls[fd]
+    def _pump(self, call: Call) -> None:
         try:
             reply = call.link.pump()
         except OSError:
             return self._broken(call)
         if reply is None:
-            self.poller.modify(fd, call.link.events())
+            self.poller.modify(call.link.socket, call.link.events())
             return
         self._drop(call)
-        self.peers.give(call.question.to.address, call.link)
+        self.peers.give(call.to.address, call.link)
         if not call.good(reply):
             reply = Reply(0)
-        self.answers[call.question.to.node] = reply
+        self.answers[call.to.node] = reply
         if reply.status:
-            self.peers.heard(call.question.to.node)
+            self.peers.heard(call.to.node)
         if reply.status != 200:
             self._start()
 
     def _broken(self, call: Call) -> None:
-        """The connection broke: if it was a kept-alive one, try a new one, else there is no
-        answer."""
+        """Ask again over a new connection if a kept-alive one broke: messages are idempotent."""
         if call.link.fresh:
             return self._fail(call)
         self._drop(call)
         call.link.close()
         try:
-            call.again(Link(call.question.to.address))
+            link = Link(call.to.address)
         except OSError:
-            self.answers[call.question.to.node] = Reply(0)
+            self.answers[call.to.node] = Reply(0)
             return
-        self._watch(call)
+        self._send(call.question, link)
 
     def _fail(self, call: Call) -> None:
         self._drop(call)
         call.link.close()
-        self.answers[call.question.to.node] = Reply(0)
-        self.peers.fail(call.question.to.node)
+        self.answers[call.to.node] = Reply(0)
+        self.peers.fail(call.to.node)
         if time.monotonic() < self.deadline:
             self._start()
 
     def _drop(self, call: Call) -> None:
-        fd = call.link.socket.fileno()
-        del self.calls[fd]
-        self.poller.unregister(fd)
+        del self.calls[call.link.socket.fileno()]
+        self.poller.unregister(call.link.socket)
 
 
 # ===== 5 Lookups and providers =====
@@ -887,16 +854,14 @@ class Providers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _records
-        self._records: collections.OrderedDict[tuple[str, int], tuple[Contact, float]] = (
-            collections.OrderedDict()
-        )
+        self._records: dict[tuple[str, int], tuple[Contact, float]] = {}  # oldest first
         self._holders: dict[str, set[int]] = {}
 
     def add(self, block: str, holder: Contact, now: float) -> None:
         """`holder` announced `block`."""
         with self._lock:
+            self._records.pop((block, holder.node), None)
             self._records[block, holder.node] = (holder, now)
-            self._records.move_to_end((block, holder.node))
             self._holders.setdefault(block, set()).add(holder.node)
             if len(self._records) > MAX_PROVIDERS:
                 self._forget(next(iter(self._records)))
@@ -910,11 +875,8 @@ class Providers:
     def expire(self, now: float) -> int:
         """Forget what is older than PROVIDER_SECONDS. Returns how many records that were."""
         with self._lock:
-            old = []
-            for place, (_, since) in self._records.items():
-                if now - since < PROVIDER_SECONDS:
-                    break
-                old.append(place)
+            records = self._records.items()
+            old = [place for place, (_, since) in records if now - since >= PROVIDER_SECONDS]
             for place in old:
                 self._forget(place)
         return len(old)
@@ -936,17 +898,14 @@ def block_hash(data: bytes | bytearray | memoryview) -> str:
 
 
 class Blocks:
-    """Blocks on this node's disk, each in a file named by its hash. One rename makes a block
-    visible. A block's touch time is its file's mtime: garbage collection leaves alone what was
-    touched lately."""
+    """Blocks on this node's disk, each in a file named by its hash, made visible by one rename. The
+    file's mtime is when it was last touched: garbage collection leaves alone what was lately."""
 
     def __init__(self, root: Path, fsync: bool = False) -> None:
         self.root, self.fsync = root, fsync
         self.bad = root / "bad"
         self.bad.mkdir(parents=True, exist_ok=True)
-        self._locks = [
-            threading.Lock() for _ in range(64)
-        ]  # each guards the existence of 1/64 of the blocks
+        self._locks = [threading.Lock() for _ in range(64)]  # each guards 1/64 of the blocks' files
         self._count_lock = threading.Lock()  # guards count and total_bytes
         self.count = 0
         self.total_bytes = 0
@@ -966,8 +925,7 @@ class Blocks:
             self.total_bytes += size
 
     def put(self, block: str, data: bytes | bytearray) -> None:
-        """Store `data`, whose hash the caller has computed. Stored already: it is touched. OSError:
-        disk."""
+        """Store `data`, whose hash the caller has computed; what is there is touched. OSError."""
         path = self.path(block)
         if self.touch(block):
             with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
@@ -3732,8 +3690,8 @@ class Membership:
     def announce(self) -> None:
         """Tell the multicast group where this node is. The packet proves that it is of this
         cluster."""
-        text = pack([*self.node.own.as_json()])
-        packet = hmac.digest(bytes.fromhex(self.store.seal.secret), text, "sha256") + text
+        text = pack(self.node.own.as_json())
+        packet = self.store.seal.mark(text) + text
         with contextlib.closing(multicast_socket(self.node.own.address)) as sender:
             sender.sendto(packet, DISCOVERY_GROUP)
 
@@ -3752,8 +3710,7 @@ class Membership:
                     self._heard_packet(receiver.recv(1024))
 
     def _heard_packet(self, packet: bytes) -> None:
-        proof = hmac.digest(bytes.fromhex(self.store.seal.secret), packet[32:], "sha256")
-        if hmac.compare_digest(proof, packet[:32]):
+        if hmac.compare_digest(self.store.seal.mark(packet[32:]), packet[:32]):
             contact = contact_field(json.loads(packet[32:]))
             if contact.node != self.node.own.node and len(self.discovered) < MAX_MEMBERS:
                 self.discovered[contact.address] = contact.node
