@@ -64,7 +64,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -1041,8 +1042,8 @@ def sync_folder(folder: Path) -> None:
 
 
 class Pins:
-    """Blocks that an operation on this node is using, so that nobody collects them: a PUT whose
-    record is not written yet, a copy, a GET that is still sending."""
+    """Blocks in use here, so that nobody collects them: by a PUT whose record is not written yet, a
+    copy, a GET that is still sending."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _counts
@@ -1117,6 +1118,11 @@ def read_quorum(owners: int) -> int:
     return owners - change_quorum(owners) + 1
 
 
+def everyone(groups: Groups) -> list[Contact]:
+    """All that are in some group, each once."""
+    return list(dict.fromkeys(contact for group in groups for contact in group))
+
+
 def covers(groups: Groups, nodes: Collection[int], quorum: Callable[[int], int]) -> bool:
     """Do `nodes` have a quorum in each of the groups?"""
     return all(sum(c.node in nodes for c in group) >= quorum(len(group)) for group in groups)
@@ -1131,7 +1137,9 @@ class View:
     replicas: int  # owners of a bucket and holders of a block
     members: Group
     previous: Group = ()
-    _groups: dict[str, Groups] = field(default_factory=dict, compare=False, repr=False)
+    _groups: dict[str, Groups] = field(
+        default_factory=dict, compare=False, repr=False, init=False
+    )
 
     def groups(self, bucket: str) -> Groups:
         """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
@@ -1139,10 +1147,8 @@ class View:
         if bucket not in self._groups:
             target = target_of(bucket.encode())
             count = MAX_MEMBERS if bucket == VIEWS else self.replicas
-            chosen = [
-                nearest(nodes, target, count) for nodes in (self.members, self.previous) if nodes
-            ]
-            self._groups[bucket] = tuple(map(tuple, chosen))
+            both = filter(None, (self.members, self.previous))
+            self._groups[bucket] = tuple(tuple(nearest(nodes, target, count)) for nodes in both)
         return self._groups[bucket]
 
     def owns(self, node: int, bucket: str) -> bool:
@@ -1151,7 +1157,7 @@ class View:
 
     def asks(self, node: int, bucket: str) -> bool:
         """Is `node` an owner of `bucket`, or while owners change, was it?"""
-        return any(contact.node == node for group in self.groups(bucket) for contact in group)
+        return any(contact.node == node for contact in everyone(self.groups(bucket)))
 
     def member(self, node: int) -> Contact | None:
         """The member of that id."""
@@ -1167,15 +1173,7 @@ class View:
         after = tuple(sorted(members))
         same = {contact.node for contact in after} == {contact.node for contact in self.members}
         previous = self.previous if same or self.previous else self.members
-        return View(self.cluster, self.epoch + 1, self.replicas, after, previous)
-
-    def alone(self) -> View:
-        """The same without the previous owners, of whom the operator says that they are gone."""
-        return View(self.cluster, self.epoch, self.replicas, self.members)
-
-    def settled(self) -> View:
-        """The view that ends this joint one."""
-        return View(self.cluster, self.epoch + 1, self.replicas, self.members)
+        return replace(self, epoch=self.epoch + 1, members=after, previous=previous)
 
     def as_json(self) -> Value:
         """As on the wire and on disk."""
@@ -1198,8 +1196,7 @@ class View:
 
 
 class Ballots:
-    """Makes ballots that nobody else makes: a Lamport counter and a name drawn when the process
-    started."""
+    """Makes ballots that nobody else makes, of a Lamport counter and a name drawn at start."""
 
     def __init__(self, node: int) -> None:
         self._lock = threading.Lock()  # guards _counter
@@ -1243,6 +1240,9 @@ def blocks_of(value: Value | None) -> list[str]:
     return [joined[i : i + 64] for _, joined in segments for i in range(0, len(joined), 64)]
 
 
+Grave = tuple[str, str, str]  # bucket, key and ballot of a tombstone
+
+
 class Slot(NamedTuple):
     """What one owner knows of one register."""
 
@@ -1278,6 +1278,10 @@ ON CONFLICT (bucket, key) DO UPDATE SET
     live = excluded.live, head = excluded.head, tail = excluded.tail,
     seq = excluded.seq, since = excluded.since
 """
+PAGE = """
+SELECT key, accepted, live, head, tail, chosen FROM registers
+WHERE bucket = ? AND key >= ? AND key < ? AND key != x'' AND accepted != '' ORDER BY key
+"""
 TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
 
 
@@ -1288,27 +1292,28 @@ class StaleView(Exception):
     """The view changed under something that was only meant for the old one."""
 
 
+def of_disk(method: Callable[..., sqlite3.Cursor]) -> Callable[..., sqlite3.Cursor]:
+    """`method`, whose disk errors are OSError, as for any other file."""
+
+    def run(*query: Any) -> sqlite3.Cursor:
+        try:
+            return method(*query)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+
+    return run
+
+
 class Database(sqlite3.Connection):
-    """SQLite whose disk errors are those of the disk: OSError, as for any other file."""
+    """SQLite whose disk errors are those of the disk."""
 
-    def execute(self, *query: Any) -> sqlite3.Cursor:
-        """See sqlite3.Connection."""
-        try:
-            return super().execute(*query)
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"registers: {error}") from error
-
-    def executemany(self, *query: Any) -> sqlite3.Cursor:
-        """See sqlite3.Connection."""
-        try:
-            return super().executemany(*query)
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+    execute = of_disk(sqlite3.Connection.execute)
+    executemany = of_disk(sqlite3.Connection.executemany)
 
 
 class Registers:
-    """The registers on this node's disk, and its view. Every method is atomic and durable when it
-    returns."""
+    """The registers on this node's disk, and its view. Each method is atomic and durable. Those
+    named like messages are for `Node.answer`, which lets no other view in meanwhile."""
 
     def __init__(self, own: int, path: str, fsync: bool = False) -> None:
         self.own = own
@@ -1332,14 +1337,18 @@ class Registers:
             "SELECT COUNT(*) FROM registers WHERE live = 1 AND key != x'' AND bucket NOT LIKE '.%'"
         )
 
-    def _one(self, query: str, *values: object) -> Any:
-        row = self._db.execute(query, values).fetchone()
-        return row[0] if row else None
-
-    def meta(self, name: str) -> str | None:
-        """A setting kept beside the registers."""
+    def _all(self, query: str, *values: object) -> list[Any]:
         with self.lock:
-            return cast("str | None", self._one("SELECT value FROM meta WHERE name = ?", name))
+            return self._db.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: object) -> Any:
+        """The first value of the first row, or None."""
+        rows = self._all(query, *values)
+        return rows[0][0] if rows else None
+
+    def meta(self, name: str) -> str:
+        """A setting kept beside the registers; "" when there is none."""
+        return self._one("SELECT value FROM meta WHERE name = ?", name) or ""
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a setting."""
@@ -1362,22 +1371,15 @@ class Registers:
 
     def _enter(self, view: View) -> None:
         with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO views VALUES (?, ?)",
-                (view.epoch, json.dumps(view.as_json())),
-            )
+            row = (view.epoch, json.dumps(view.as_json()))
+            self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
             if not view.previous:
-                for bucket in self._buckets():
+                for (bucket,) in self._all("SELECT DISTINCT bucket FROM registers"):
                     if not view.owns(self.own, bucket):
                         self._drop_bucket(bucket)
         self.view = view
         if not view.previous:
             self._count()
-
-    def _buckets(self) -> list[str]:
-        return [
-            row[0] for row in self._db.execute("SELECT DISTINCT bucket FROM registers").fetchall()
-        ]
 
     def _drop_bucket(self, bucket: str) -> None:
         for table in ("registers", "refs", "floors"):
@@ -1391,20 +1393,15 @@ class Registers:
             with self._transaction():
                 for table in ("registers", "refs", "floors", "meta", "views"):
                     self._db.execute(f"DELETE FROM {table}")
-                self._db.executemany(
-                    "INSERT INTO views VALUES (?, ?)",
-                    ((view.epoch, json.dumps(view.as_json())) for view in views),
-                )
+                rows = ((view.epoch, json.dumps(view.as_json())) for view in views)
+                self._db.executemany("INSERT INTO views VALUES (?, ?)", rows)
             self._bases.clear()
             self.view, self.objects, self.synced = views[-1], 0, 0
 
     def views_after(self, epoch: int) -> list[Value]:
         """The views after `epoch`, oldest first."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?", (epoch, BATCH)
-            ).fetchall()
-        return [json.loads(row[0]) for row in rows]
+        query = "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?"
+        return [json.loads(view) for (view,) in self._all(query, epoch, BATCH)]
 
     def set_synced(self, epoch: int) -> None:
         """All that previous owners knew before `epoch` has been pulled."""
@@ -1419,17 +1416,16 @@ class Registers:
         return {"views": self.views_after(epoch)} if epoch < self.view.epoch else None
 
     def slot(self, bucket: str, key: str, known: str = "") -> Slot:
-        """What is known here of one register; without the value if it is the one accepted at
-        `known`."""
+        """What is known here of one register; its value, if it is not the one of `known`."""
+        query = (
+            "SELECT promised, accepted, chosen, head, tail FROM registers"
+            " WHERE bucket = ? AND key = ?"
+        )
         with self.lock:
-            row = self._db.execute(
-                "SELECT promised, accepted, chosen, head, tail FROM registers"
-                " WHERE bucket = ? AND key = ?",
-                (bucket, key.encode()),
-            ).fetchone()
-            if row is None:
+            rows = self._all(query, bucket, key.encode())
+            if not rows:
                 return Slot(promised=self.floor(bucket))
-        promised, accepted, chosen, head, tail = row
+        promised, accepted, chosen, head, tail = rows[0]
         value = None
         if head and accepted != known:
             value = json.loads(head)
@@ -1438,13 +1434,11 @@ class Registers:
 
     def floor(self, bucket: str) -> str:
         """What keys of `bucket` that have no row promised: tombstones up to there were dropped."""
-        with self.lock:
-            return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
+        return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
 
     def floors(self) -> dict[str, str]:
         """All floors."""
-        with self.lock:
-            return dict(self._db.execute("SELECT bucket, ballot FROM floors").fetchall())
+        return dict(self._all("SELECT bucket, ballot FROM floors"))
 
     def raise_floor(self, bucket: str, ballot: str) -> None:
         """Promise at least `ballot` for all keys of `bucket` that have no row."""
@@ -1453,8 +1447,7 @@ class Registers:
                 self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?)", (bucket, ballot))
 
     def basis(self, bucket: str, key: str) -> list[Any] | None:
-        """[accepted, chosen, value] of the bucket's own register; None where there is none to look
-        at."""
+        """[accepted, chosen, value] of the bucket's own register, if there is one to look at."""
         if not key or bucket in (UPLOADS, VIEWS):
             return None
         with self.lock:
@@ -1463,23 +1456,17 @@ class Registers:
                 self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
             return self._bases[bucket]
 
-    def read(self, epoch: int, bucket: str, key: str, known: str) -> Message:
+    def read(self, bucket: str, key: str, known: str) -> Message:
         """What is accepted here, without the value if it is the one accepted at `known`; about the
         bucket, too, if there is no object."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key, known)
             there = live(slot.value) or slot.accepted == known != ""
             return told(slot, None if there else self.basis(bucket, key))
 
-    def prepare(self, epoch: int, bucket: str, key: str, ballot: str, known: str) -> Message:
+    def prepare(self, bucket: str, key: str, ballot: str, known: str) -> Message:
         """Promise to accept nothing below `ballot`, and tell what is accepted; or refuse."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key, known)
             if ballot <= slot.promised:
                 return {"refused": slot.promised}
@@ -1491,32 +1478,25 @@ class Registers:
             return told(slot, self.basis(bucket, key))
 
     def accept(
-        self, epoch: int, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
+        self, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
         basis: tuple[str, bool, Value] | None,
     ) -> Message:
-        """Accept `value`, unless more was promised, or it is an object and its bucket is not
-        open."""
+        """Accept `value`, unless more was promised, or its bucket is not open for objects."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key)
             if ballot < slot.promised:
                 return {"refused": slot.promised}
             if basis:
-                self.offer(epoch, bucket, "", *basis)
+                self._take_over(bucket, "", *basis)
             if live(value) and bucket_state(self.basis(bucket, key)) != "open":
                 return {"closed": True}
             self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
             return {"done": True}
 
-    def learn(self, epoch: int, bucket: str, key: str, ballot: str) -> Message:
+    def learn(self, bucket: str, key: str, ballot: str) -> Message:
         """What was accepted at `ballot` has been chosen."""
-        with self.lock:
-            refusal = self.fence(epoch)
-            if not refusal:
-                self.mark_chosen([(bucket, key, ballot)])
-            return refusal or {"done": True}
+        self.mark_chosen([(bucket, key, ballot)])
+        return {"done": True}
 
     def offer(
         self, epoch: int, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
@@ -1527,16 +1507,21 @@ class Registers:
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
-            slot = self.slot(bucket, key)
-            if accepted <= slot.accepted or value is None:
-                return True
-            if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
-                return True  # a tombstone that was dropped here
-            if accepted < slot.promised and not chosen:
-                return False
-            promised = max(accepted, slot.promised)
-            self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+            return self._take_over(bucket, key, accepted, chosen, value)
+
+    def _take_over(
+        self, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
+    ) -> bool:
+        slot = self.slot(bucket, key)
+        if accepted <= slot.accepted or value is None:
             return True
+        if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
+            return True  # a tombstone that was dropped here
+        if accepted < slot.promised and not chosen:
+            return False
+        promised = max(accepted, slot.promised)
+        self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+        return True
 
     def _write(
         self, bucket: str, key: str, promised: str, accepted: str, chosen: bool, value: Value,
@@ -1585,10 +1570,10 @@ class Registers:
         entries: list[list[Any]] = []
         size, more = 0, False
         position: bytes | None = max(prefix, start).encode()
-        end = after_prefix(prefix)
+        end = (zs3.successor(prefix) or "").encode() or b"\xff"  # which no UTF-8 has
         with self.lock:
             while position is not None and not more:
-                rows = self._rows(bucket, position, end)
+                rows = self._db.execute(PAGE, (bucket, position, end))
                 position = None
                 for raw, accepted, is_live, head, tail, chosen in rows:
                     key = raw.decode()
@@ -1598,55 +1583,37 @@ class Registers:
                     shown = [head, tail if whole else ""] if is_live else ["", ""]
                     entries.append([key, accepted, *shown, bool(chosen)])
                     size += len(raw) + len(shown[0]) + len(shown[1] or "") + 40
-                    common = common_prefix(key, prefix, delimiter) if is_live else ""
+                    common = zs3.common_prefix(key, prefix, delimiter) if is_live else ""
                     if common:
-                        position = after_prefix(common)
+                        position = (zs3.successor(common) or "").encode() or None
                         break
         return {"entries": entries, "more": more}
 
-    def _rows(self, bucket: str, position: bytes, end: bytes | None) -> sqlite3.Cursor:
-        query = (
-            "SELECT key, accepted, live, head, tail, chosen FROM registers"
-            " WHERE bucket = ? AND key >= ? AND key != x'' AND accepted != ''"
-        )
-        if end is None:
-            return self._db.execute(query + " ORDER BY key", (bucket, position))
-        return self._db.execute(query + " AND key < ? ORDER BY key", (bucket, position, end))
-
     def buckets(self) -> list[list[Any]]:
         """[name, accepted, chosen, value] of the buckets' own registers."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT bucket, accepted, chosen, head FROM registers"
-                " WHERE key = x'' AND accepted != ''"
-            ).fetchall()
-        return [[row[0], row[1], bool(row[2]), json.loads(row[3])] for row in rows]
+        query = (
+            "SELECT bucket, accepted, chosen, head FROM registers"
+            " WHERE key = x'' AND accepted != ''"
+        )
+        rows = self._all(query)
+        return [[b, accepted, bool(c), json.loads(head)] for b, accepted, c, head in rows]
 
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
-        """[bucket, key, accepted, chosen] of what was accepted after `since`, of the buckets
-        `wanted`."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
-                " ORDER BY seq LIMIT ?",
-                (since, 5 * BATCH),
-            ).fetchall()
+        """[bucket, key, accepted, chosen] of what came after `since`, of the buckets `wanted`."""
+        rows = self._all(
+            "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
+            " ORDER BY seq LIMIT ?", since, 5 * BATCH,
+        )
         entries = [
             [b, key.decode(), accepted, bool(c)] for _, b, key, accepted, c in rows if wanted(b)
         ]
-        return {
-            "entries": entries, "upto": rows[-1][0] if rows else since,
-            "more": len(rows) == 5 * BATCH,
-        }
+        upto = rows[-1][0] if rows else since
+        return {"entries": entries, "upto": upto, "more": len(rows) == 5 * BATCH}
 
     def live_keys(self, bucket: str) -> list[str]:
         """Some keys of live objects in `bucket`, at most BATCH."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?",
-                (bucket, BATCH),
-            ).fetchall()
-        return [row[0].decode() for row in rows]
+        query = "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?"
+        return [key.decode() for (key,) in self._all(query, bucket, BATCH)]
 
     def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
@@ -1657,22 +1624,17 @@ class Registers:
                 ((bucket, key.encode(), accepted) for bucket, key, accepted in places),
             )
 
-    def graves(
-        self, before: float, after: tuple[str, str] = ("", "")
-    ) -> list[tuple[str, str, str]]:
-        """(bucket, key, accepted) of tombstones older than `before` (wall clock), in order."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
-                " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
-                " ORDER BY bucket, key LIMIT ?",
-                (before, VIEWS, after[0], after[1].encode(), BATCH),
-            ).fetchall()
+    def graves(self, before: float, after: tuple[str, str]) -> list[Grave]:
+        """Tombstones older than `before` (wall clock), in order, beyond (bucket, key) `after`."""
+        rows = self._all(
+            "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
+            " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
+            " ORDER BY bucket, key LIMIT ?", before, VIEWS, after[0], after[1].encode(), BATCH,
+        )
         return [(bucket, key.decode(), accepted) for bucket, key, accepted in rows]
 
     def buried(self, bucket: str, key: str, ballot: str) -> bool:
-        """Is the tombstone of that ballot, or something later, or nothing any more, what is
-        here?"""
+        """Is the tombstone of that ballot here, or something later, or nothing any more?"""
         with self.lock:
             slot = self.slot(bucket, key)
             return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
@@ -1693,10 +1655,7 @@ class Registers:
 
     def used(self, block: str) -> bool:
         """Does any accepted value here name this block?"""
-        with self.lock:
-            return bool(
-                self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block))
-            )
+        return bool(self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block)))
 
     def close(self) -> None:
         """Close the file."""
@@ -1717,26 +1676,11 @@ def bucket_state(basis: Sequence[Any] | None) -> str:
     return value["bucket"]["state"] if value else "absent"
 
 
-def after_prefix(prefix: str) -> bytes | None:
-    """The first bytes beyond all keys that begin with `prefix`; None for "": no end. UTF-8 has no
-    byte 0xff, so that the last byte can always be raised."""
-    raw = prefix.encode()
-    return raw[:-1] + bytes([raw[-1] + 1]) if raw else None
-
-
-def common_prefix(key: str, prefix: str, delimiter: str) -> str:
-    """What `key` is listed under: all up to the first delimiter after the prefix; "" for itself."""
-    found = key.find(delimiter, len(prefix)) if delimiter else -1
-    return key[: found + len(delimiter)] if found >= 0 else ""
-
-
-# What a round asks for is yielded, the answers are sent in: whoever drives it owns network and
-# clock.
+# What a round asks for is yielded, the answers are sent in: who drives it owns network and clock.
 
 
 class Ask(NamedTuple):
-    """Ask the owners in `groups`. `quorum` says how many are asked at first; all of them when
-    `wide`."""
+    """Ask the owners in `groups`: at first as many as `quorum` says, or all when `wide`."""
 
     name: str
     message: Message
@@ -1766,8 +1710,7 @@ class BucketClosing(S3Error):
 
 
 class Top(NamedTuple):
-    """What the answers say of a register: the highest accepted, and whether it is sure to be
-    chosen."""
+    """What answers say of a register: the highest accepted, and whether that is surely chosen."""
 
     accepted: str
     value: Value | None
@@ -1794,14 +1737,20 @@ def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
     }
 
 
+def settled(groups: Groups, answers: Answers) -> bool:
+    """Are these answers a read quorum that leaves no doubt?"""
+    told = told_of(answers)
+    return covers(groups, told, read_quorum) and weigh(groups, told).settled
+
+
 def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
     """The same for the bucket's own register, which comes along."""
     return {node: answer["basis"] for node, answer in answers.items() if answer.get("basis")}
 
 
-Decide = Callable[
-    ["Value | None"], "Value | None"
-]  # live value -> new value, None to leave it, or S3Error
+# live value -> new value, None to leave it, or S3Error
+Decide = Callable[["Value | None"], "Value | None"]
+Voters = Callable[[View], Groups]
 
 
 class Rounds:
@@ -1813,54 +1762,13 @@ class Rounds:
         self.own, self.view, self.clock, self.pick = own, view, clock, pick
         self.ballots = Ballots(own)
 
-    def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
-        """The live value of a register, and what is known of its bucket. SlowDown without a quorum.
-        One round trip when a change quorum agrees; otherwise it finishes the change it found."""
-        started = self.clock()
-        while True:
-            view = self.view()
-            groups = view.groups(bucket)
-
-            def settled(answers: Answers, groups: Groups = groups) -> bool:
-                told = told_of(answers)
-                return covers(groups, told, read_quorum) and weigh(groups, told).settled
-
-            place = {"epoch": view.epoch, "bucket": bucket, "key": key}
-            answers = yield Ask("read", {**place, "known": ""}, groups, settled, read_quorum)
-            told = told_of(answers)
-            if covers(groups, told, read_quorum):
-                top = weigh(groups, told)
-                if not top.settled:
-                    return live((yield from self.change(bucket, key, lambda value: None))), None
-                basis = told_of_bucket(answers)
-                return live(top.value), weigh(groups, basis) if basis else None
-            if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
-                raise unavailable(groups, answers, "read")
-
-    def glance(
-        self, bucket: str, key: str, voters: Callable[[View], Groups]
-    ) -> Steps[tuple[Value | None, Top | None]]:
-        """The live value of a register where that is sure without a round; None otherwise."""
-        view = self.view()
-        groups = voters(view)
-
-        def settled(answers: Answers) -> bool:
-            told = told_of(answers)
-            return covers(groups, told, read_quorum) and weigh(groups, told).settled
-
-        message = {"epoch": view.epoch, "bucket": bucket, "key": key, "known": ""}
-        answers = yield Ask("read", message, groups, settled, read_quorum)
-        if not settled(answers):
-            return None, None
-        top = weigh(groups, told_of(answers))
-        return live(top.value), top
-
     def gather(
         self, name: str, bucket: str, fields: Message, has: str, quorum: Callable[[int], int],
         content: Callable[[Groups, Answers], bool] = lambda groups, having: True,
     ) -> Steps[tuple[View, Answers]]:
         """The answers that have the field `has`, from a quorum of those who are asked about
-        `bucket`, and the view that they are of; more than a quorum while it is not `content`."""
+        `bucket`, and the view that they are of; more than a quorum while it is not `content`.
+        SlowDown without a quorum."""
         started = self.clock()
         while True:
             view = self.view()
@@ -1877,30 +1785,38 @@ class Rounds:
             if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
                 raise unavailable(groups, answers, "read")
 
+    def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
+        """The live value of a register, and what is known of its bucket. One round trip when a
+        change quorum agrees; otherwise it finishes the change it found. SlowDown."""
+        place = {"bucket": bucket, "key": key, "known": ""}
+        view, answers = yield from self.gather(
+            "read", bucket, place, "accepted", read_quorum, settled
+        )
+        groups = view.groups(bucket)
+        top = weigh(groups, told_of(answers))
+        if not top.settled:
+            return live((yield from self.change(bucket, key, lambda value: None))), None
+        basis = told_of_bucket(answers)
+        return live(top.value), weigh(groups, basis) if basis else None
+
     def bucket(self, bucket: str, known: Top | None = None) -> Steps[Value | None]:
-        """The bucket's own record, whatever its state; `known` is what came along with something
-        else."""
+        """The bucket's own record, whatever its state; `known` is what came with something else."""
         if known is not None and known.settled:
             return live(known.value)
         value, _ = yield from self.read(bucket, "")
         return value
 
     def repair(self, bucket: str, key: str) -> Steps[Value | None]:
-        """Have all owners that answer accept what a majority has, or if the bucket is gone,
-        nothing."""
-        change = Change(self, bucket, key, lambda value: None, lambda view: view.groups(bucket))
-        change.rewrites = True
-        return change.steps()
+        """Have all owners that answer accept what a majority has; nothing if the bucket is gone."""
+        return Change(self, bucket, key, lambda value: None, rewrites=True).steps()
 
     def change(
-        self, bucket: str, key: str, decide: Decide, voters: Callable[[View], Groups] | None = None
+        self, bucket: str, key: str, decide: Decide, voters: Voters | None = None
     ) -> Steps[Value | None]:
         """Put what `decide` makes of the register's live value in its place; returns what is there
         then. Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what
         happened."""
-        return Change(
-            self, bucket, key, decide, voters or (lambda view: view.groups(bucket))
-        ).steps()
+        return Change(self, bucket, key, decide, voters).steps()
 
 
 class Change:
@@ -1908,14 +1824,15 @@ class Change:
 
     def __init__(
         self, rounds: Rounds, bucket: str, key: str, decide: Decide,
-        voters: Callable[[View], Groups],
+        voters: Voters | None = None, rewrites: bool = False,
     ) -> None:
-        self.rounds, self.bucket, self.key = rounds, bucket, key
-        self.decide, self.voters = decide, voters
+        self.rounds, self.bucket, self.key, self.decide = rounds, bucket, key, decide
+        self.voters = voters or (lambda view: view.groups(bucket))
+        self.rewrites = rewrites  # accept once more even what is settled
         self.tried = ""  # the first ballot at which some owner may have accepted our value
         self.mine: Value | None = None  # that value
         self.missing: list[Contact] = []  # owners that did not answer the last question
-        self.rewrites = False  # accept once more even what is settled
+        self.bucket_value: Value | None = {"bucket": {"state": "open"}}  # unless we are told else
 
     def steps(self) -> Steps[Value | None]:
         """Rounds with random pauses between, until OPERATION_SECONDS are over."""
@@ -1940,7 +1857,11 @@ class Change:
         without a ballot that would disturb those still running."""
         if self.tried:
             return
-        value, _ = yield from self.rounds.glance(self.bucket, self.key, self.voters)
+        view = self.rounds.view()
+        groups = self.voters(view)
+        message = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "known": ""}
+        answers = yield Ask("read", message, groups, partial(settled, groups), read_quorum)
+        value = live(weigh(groups, told_of(answers)).value) if settled(groups, answers) else None
         if value is not None:
             self.decide(value)
 
@@ -1968,9 +1889,8 @@ class Change:
             value = top.value or tombstone()
             if self.rewrites and self.bucket_value is None:
                 value, error = tombstone(), None  # nothing can be in a bucket that is gone
-        accepted = yield from self._accept(
-            groups, {**place, "value": value, "chosen": False, "basis": basis}
-        )
+        message = {**place, "value": value, "chosen": False, "basis": basis}
+        accepted = yield from self._accept(groups, message)
         return self._answer(value, error) if accepted else None
 
     def _answer(self, value: Value | None, error: S3Error | None) -> tuple[Value | None]:
@@ -1984,9 +1904,7 @@ class Change:
             if ballot:
                 self.rounds.ballots.observe(ballot)
         silent = {node for node, answer in answers.items() if answer.get("failed")}
-        self.missing = sorted(
-            {contact for group in groups for contact in group if contact.node in silent}
-        )
+        self.missing = sorted(c for c in everyone(groups) if c.node in silent)
 
     def _basis(self, groups: Groups, answers: Answers) -> Steps[tuple[str, bool, Value] | None]:
         """The bucket's register, to go along with an accept to owners that may not have it; None
@@ -2000,8 +1918,6 @@ class Change:
             self.bucket_value = yield from self.rounds.bucket(self.bucket)
             return None
         return (top.accepted, True, top.value) if top.value else None
-
-    bucket_value: Value | None = {"bucket": {"state": "open"}}
 
     def _decided(self, top: Top, basis: object) -> tuple[Value | None, S3Error | None]:
         """(value to write or None to leave it, error to raise once that is settled)."""
@@ -2063,16 +1979,12 @@ class Change:
 
     def _accepted(self, groups: Groups, asked: Groups, ballot: str, answers: Answers) -> set[int]:
         self._note(groups, answers)
-        sure_not = {
-            n
-            for n, answer in answers.items()
-            if not answer.get("failed") and not answer.get("done")
-        }
-        if {
-            contact.node for group in asked for contact in group
-        } - sure_not and self.mine is not None:
+        done = {node for node, answer in answers.items() if answer.get("done")}
+        unknown = {node for node, answer in answers.items() if answer.get("failed")}
+        sure_not = answers.keys() - done - unknown
+        if self.mine is not None and any(c.node not in sure_not for c in everyone(asked)):
             self.tried = self.tried or ballot
-        return {node for node, answer in answers.items() if answer.get("done")}
+        return done
 
 
 def without(groups: Groups, last: Contact | None) -> Groups:
@@ -2099,14 +2011,12 @@ def slow_down(groups: Groups, missing: Iterable[Contact], what: str) -> S3Error:
 
 def unavailable(groups: Groups, answers: Answers, what: str) -> S3Error:
     """503 naming the owners that did not answer."""
-    everybody = {contact for group in groups for contact in group}
-    silent = [c for c in everybody if answers.get(c.node, {"failed": True}).get("failed")]
-    return slow_down(groups, silent or sorted(everybody), what)
+    silent = [c for c in everyone(groups) if answers.get(c.node, {"failed": True}).get("failed")]
+    return slow_down(groups, silent or everyone(groups), what)
 
 
 class Node:
-    """This node's part of the protocol: it answers messages from what it has, and never asks a
-    peer."""
+    """This node's part of the protocol: it answers from what it has, and never asks a peer."""
 
     def __init__(
         self, own: Contact, registers: Registers, blocks: Blocks, clock: Callable[[], float]
@@ -2117,11 +2027,12 @@ class Node:
         self.table = RoutingTable(own.node)
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
-        self.handlers: dict[str, Callable[[Message, Contact], Message]] = {
+        # By message; each takes its fields but the epoch. Two want to know who asks.
+        self.handlers: dict[str, Callable[..., Message]] = {
             "hello": self.on_hello, "views": self.on_views, "find": self.on_find,
             "find_providers": self.on_find_providers, "provide": self.on_provide,
-            "prepare": self.on_prepare, "accept": self.on_accept, "learn": self.on_learn,
-            "read": self.on_read, "page": self.on_page, "buckets": self.on_buckets,
+            "prepare": registers.prepare, "accept": registers.accept, "learn": registers.learn,
+            "read": registers.read, "page": self.on_page, "buckets": self.on_buckets,
             "changes": self.on_changes, "values": self.on_values, "buried": self.on_buried,
             "used": self.on_used, "have": self.on_have,
         }
@@ -2137,103 +2048,82 @@ class Node:
         """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
         epoch, and what is answered, are one step: meanwhile no other view is entered, and no
         register dropped."""
-        if "epoch" not in message or name == "hello":
-            return self.handlers[name](message, sender)
+        fields = {name: one for name, one in message.items() if name != "epoch"}
+        if name in ("provide", "changes"):
+            fields["sender"] = sender
+        if name == "hello":
+            return self.on_hello(message["epoch"])
+        if "epoch" not in message:
+            return self.handlers[name](**fields)
+        epoch = message["epoch"]
+        need("ballot" not in message or int(message["ballot"][:8], 16) == epoch, "ballot")
         with self.registers.lock:
-            return self.registers.fence(message["epoch"]) or self.handlers[name](message, sender)
+            return self.registers.fence(epoch) or self.handlers[name](**fields)
 
-    def on_hello(self, message: Message, sender: Contact) -> Message:
+    def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
             "contact": self.own.as_json(), "epoch": view.epoch if view else 0,
             "synced": self.registers.synced,
             "idle": view is not None and len(view.members) == 1 and not self.registers.buckets(),
-            "views": self.registers.views_after(message["epoch"]),
+            "views": self.registers.views_after(epoch),
         }
 
-    def on_views(self, message: Message, sender: Contact) -> Message:
+    def on_views(self, views: list[Any]) -> Message:
         """Newer views were decided."""
-        self.registers.adopt(map(View.from_json, message["views"]))
+        self.registers.adopt(map(View.from_json, views))
         return {"done": True}
 
-    def on_find(self, message: Message, sender: Contact) -> Message:
+    def on_find(self, target: str) -> Message:
         """Kademlia's FIND_NODE."""
         with self.table_lock:
-            found = self.table.closest(int(message["target"], 16))
+            found = self.table.closest(int(target, 16))
         return {"contacts": [contact.as_json() for contact in found]}
 
-    def on_find_providers(self, message: Message, sender: Contact) -> Message:
+    def on_find_providers(self, hash: str) -> Message:
         """Kademlia's FIND_VALUE: who holds the block, and who may know more."""
-        block = message["hash"]
-        holders = self.providers.get(block, self.clock())
-        if self.blocks.has(block):
+        holders = self.providers.get(hash, self.clock())
+        if self.blocks.has(hash):
             holders = [self.own, *holders]
-        with self.table_lock:
-            found = self.table.closest(block_target(block))
-        return {
-            "providers": [contact.as_json() for contact in holders],
-            "contacts": [contact.as_json() for contact in found],
-        }
+        nearer = self.on_find(node_hex(block_target(hash)))
+        return {"providers": [contact.as_json() for contact in holders], **nearer}
 
-    def on_provide(self, message: Message, sender: Contact) -> Message:
+    def on_provide(self, hashes: list[str], sender: Contact) -> Message:
         """The sender holds these blocks."""
-        for block in message["hashes"]:
+        for block in hashes:
             self.providers.add(block, sender, self.clock())
         return {"done": True}
 
-    def on_prepare(self, message: Message, sender: Contact) -> Message:
-        """First half of a change."""
-        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
-        return self.registers.prepare(**message)
-
-    def on_accept(self, message: Message, sender: Contact) -> Message:
-        """Second half of a change."""
-        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
-        return self.registers.accept(**message)
-
-    def on_learn(self, message: Message, sender: Contact) -> Message:
-        """What was accepted at that ballot is chosen."""
-        return self.registers.learn(**message)
-
-    def on_read(self, message: Message, sender: Contact) -> Message:
-        """What is accepted here?"""
-        return self.registers.read(**message)
-
-    def on_page(self, message: Message, sender: Contact) -> Message:
+    def on_page(self, mark: str, bucket: str, **fields: Any) -> Message:
         """A page of a bucket's keys."""
-        fields = {name: one for name, one in message.items() if name not in ("epoch", "mark")}
-        if message["mark"]:
-            slot = self.registers.slot(message["bucket"], "")
-            if slot.value is None or slot.value["id"] != message["mark"]:
-                return {"unmarked": True}
-        return self.registers.page(**fields)
+        value = self.registers.slot(bucket, "").value if mark else None
+        if mark and (value is None or value["id"] != mark):
+            return {"unmarked": True}
+        return self.registers.page(bucket, **fields)
 
-    def on_buckets(self, message: Message, sender: Contact) -> Message:
+    def on_buckets(self) -> Message:
         """All buckets known here."""
         view = cast(View, self.registers.view)
         # Not what is left from when this node was an owner: it may be long out of date.
         asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
         return {"buckets": asked}
 
-    def on_changes(self, message: Message, sender: Contact) -> Message:
+    def on_changes(self, since: int, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
         view = cast(View, self.registers.view)
-        owned: dict[str, bool] = {VIEWS: False}
 
         def wanted(bucket: str) -> bool:
-            if bucket not in owned:
-                owned[bucket] = view.owns(sender.node, bucket)
-            return owned[bucket]
+            return bucket != VIEWS and view.owns(sender.node, bucket)
 
         floors = {bucket: one for bucket, one in self.registers.floors().items() if wanted(bucket)}
-        return {**self.registers.changes(message["since"], wanted), "floors": floors}
+        return {**self.registers.changes(since, wanted), "floors": floors}
 
-    def on_values(self, message: Message, sender: Contact) -> Message:
+    def on_values(self, places: list[tuple[str, str]]) -> Message:
         """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
         slots: list[list[Any]] = []
         size = 0
-        for bucket, key in message["places"]:
+        for bucket, key in places:
             if size > PAGE_BYTES:
                 break
             slot = self.registers.slot(bucket, key)
@@ -2241,18 +2131,18 @@ class Node:
             size += 500 + 64 * len(blocks_of(slot.value))
         return {"slots": slots}
 
-    def on_buried(self, message: Message, sender: Contact) -> Message:
+    def on_buried(self, graves: list[Grave]) -> Message:
         """Which of these tombstones have reached this owner?"""
-        return {"buried": [self.registers.buried(*grave) for grave in message["graves"]]}
+        return {"buried": [self.registers.buried(*grave) for grave in graves]}
 
-    def on_used(self, message: Message, sender: Contact) -> Message:
+    def on_used(self, hashes: list[str]) -> Message:
         """Which of these blocks does a record or an operation here need?"""
-        return {"used": [b in self.pins or self.registers.used(b) for b in message["hashes"]]}
+        return {"used": [block in self.pins or self.registers.used(block) for block in hashes]}
 
-    def on_have(self, message: Message, sender: Contact) -> Message:
+    def on_have(self, hashes: list[str], touch: bool) -> Message:
         """Which of these blocks are here? Touched, they stay for the grace."""
-        look = self.blocks.touch if message["touch"] else self.blocks.has
-        return {"have": [look(block) for block in message["hashes"]]}
+        look = self.blocks.touch if touch else self.blocks.has
+        return {"have": [look(block) for block in hashes]}
 
 
 class Cluster:
@@ -2265,16 +2155,14 @@ class Cluster:
         self.joined = threading.Event()  # set once this node is a member
 
     def known_view(self) -> View:
-        """The newest view known, whether or not this node is a member. SlowDown when there is
-        none."""
+        """The newest view known, whether or not this node is a member. SlowDown if none is."""
         view = self.node.registers.view
         if view is None:
             raise S3Error("SlowDown", "This node has not found its cluster yet.")
         return view
 
     def view(self) -> View:
-        """The newest view, of which this node is a member. SlowDown when it does not become one
-        soon."""
+        """The newest view, once this node is a member. SlowDown when it does not become one."""
         if not (self.joined.is_set() or self.joined.wait(JOIN_WAIT_SECONDS)):
             raise S3Error("SlowDown", "This node has not joined its cluster yet.")
         return self.known_view()
@@ -2310,7 +2198,7 @@ class Cluster:
 
     def ask(self, ask: Ask) -> Answers:
         """Ask this node by a function call and the others over the network, until it is enough."""
-        contacts = list(dict.fromkeys(contact for group in ask.groups for contact in group))
+        contacts = everyone(ask.groups)
         answers: dict[int, Message] = {}
         message = ask.message
         if self.own in contacts:
@@ -2351,7 +2239,8 @@ class Cluster:
 
         first = len(others) if ask.wide else self._first(ask, others, answers)
         enough(self.tell(ask.name, message, others, enough, first))
-        self._views(ask, message, answers)
+        if any("views" in answer or "behind" in answer for answer in answers.values()):
+            self._views(ask, message, answers)
 
     def _first(self, ask: Ask, others: list[Contact], answers: Collection[int]) -> int:
         """How many of `others` make a quorum with the answers that are there."""
@@ -2363,97 +2252,94 @@ class Cluster:
         return len(others)
 
     def _views(self, ask: Ask, message: Message, answers: dict[int, Message]) -> None:
-        """Enter newer views that came back; tell ours to those that are behind, and ask them
-        again."""
+        """Settle whose view is the newest; then ask those that were behind again."""
+        others = [] if ask.enough(answers) else everyone(ask.groups)
+        behind = self.share_views(answers, others)
+        if behind:
+            plain = {**message, "known": ""} if "known" in message else message
+            for node, reply in self.tell(ask.name, plain, behind).items():
+                answers[node] = reply.json() or {"failed": True}
+
+    def share_views(
+        self, answers: Mapping[int, Message], asked: Iterable[Contact]
+    ) -> list[Contact]:
+        """Enter newer views that came back; tell ours to those of `asked` that are behind, who are
+        returned."""
         for answer in list(answers.values()):
             if "views" in answer:
                 self.adopt(answer["views"])
-        behind = {node: answer["behind"] for node, answer in answers.items() if "behind" in answer}
-        if not behind or ask.enough(answers):
-            return
-        late = [c for group in ask.groups for c in group if c.node in behind and c != self.own]
-        self.tell("views", {"views": self.node.registers.views_after(min(behind.values()))}, late)
-        plain = {**message, "known": ""} if "known" in message else message
-        for node, reply in self.tell(ask.name, plain, late).items():
-            answers[node] = reply.json() or {"failed": True}
+        behind = [c for c in asked if "behind" in answers.get(c.node, ()) and c != self.own]
+        if behind:
+            since = min(answers[contact.node]["behind"] for contact in behind)
+            self.tell("views", {"views": self.node.registers.views_after(since)}, behind)
+        return behind
 
     def tell(
         self, name: str, message: Message, contacts: Sequence[Contact],
-        enough: Enough | None = None, first: int = MAX_MEMBERS, seconds: float = CONNECT_SECONDS,
+        enough: Enough | None = None, first: int = MAX_MEMBERS,
     ) -> dict[int, Reply]:
         """Send one message to peers; their replies by node id."""
         body = pack(message)
         questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
-        replies = self.peers.ask(
-            questions, enough or (lambda raw: len(raw) == len(questions)), first, seconds
-        )
+        enough = enough or (lambda raw: len(raw) == len(questions))
+        replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS)
         for contact in contacts:
             if contact.node and replies.get(contact.node, Reply(0)).status:
                 self.node.saw(contact)
         return replies
 
-    def call(self, name: str, message: Message, contact: Contact) -> Message | None:
-        """Ask one peer, or this node itself; None when no good answer came."""
-        if contact.node == self.own.node:
-            return self.node.answer(name, message, self.own)
-        return self.tell(name, message, [contact]).get(contact.node, Reply(0)).json()
-
     def call_all(
-        self, name: str, message: Message, contacts: Sequence[Contact]
+        self, name: str, message: Message, contacts: Iterable[Contact]
     ) -> dict[int, Message]:
         """Ask several at once, this node too if it is among them; the good answers by node id."""
-        others = [contact for contact in contacts if contact != self.own]
-        answers = {node: reply.json() for node, reply in self.tell(name, message, others).items()}
-        if self.own in contacts:
+        nodes = {contact.node: contact for contact in contacts}
+        here = nodes.pop(self.own.node, None)
+        replies = self.tell(name, message, list(nodes.values()))
+        answers = {node: reply.json() for node, reply in replies.items()}
+        if here:
             answers[self.own.node] = self.node.answer(name, message, self.own)
         return {node: answer for node, answer in answers.items() if answer is not None}
 
+    def call(self, name: str, message: Message, contact: Contact) -> Message | None:
+        """Ask one peer, or this node itself; None when no good answer came."""
+        return self.call_all(name, message, [contact]).get(contact.node)
+
+    # Lookups.
+
     def find(self, target: int) -> list[Contact]:
         """Kademlia lookup: the live nodes nearest to `target`."""
+        return self._lookup(target, "find", {"target": node_hex(target)})[0]
+
+    def find_providers(self, block: str) -> list[Contact]:
+        """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
+        local = self.node.providers.get(block, time.monotonic())
+        return local or self._lookup(block_target(block), "find_providers", {"hash": block})[1]
+
+    def _lookup(
+        self, target: int, name: str, message: Message
+    ) -> tuple[list[Contact], list[Contact]]:
+        """The nodes found, and once somebody names them, the providers instead."""
         with self.node.table_lock:
             start = self.node.table.closest(target)
         steps = lookup(target, start, self.own.node)
         try:
             todo = next(steps)
             while True:
-                todo = steps.send(self._find_round({"target": node_hex(target)}, "find", todo)[0])
+                answers = self.call_all(name, message, todo)
+                said = [raw for one in answers.values() for raw in one.get("providers", ())]
+                if said:
+                    return [], list(map(contact_field, said))
+                todo = steps.send({c.node: self._known(c, answers.get(c.node)) for c in todo})
         except StopIteration as end:
-            return cast("list[Contact]", end.value)
+            return end.value, []
 
-    def _find_round(
-        self, message: Message, name: str, todo: list[Contact]
-    ) -> tuple[dict[int, list[Contact] | None], list[Contact]]:
-        replies = self.tell(name, message, todo)
-        found: dict[int, list[Contact] | None] = {}
-        providers: list[Contact] = []
-        for contact in todo:
-            answer = replies.get(contact.node, Reply(0)).json()
-            if answer is None:
-                found[contact.node] = None
-                with self.node.table_lock:
-                    self.node.table.failed(contact)
-                continue
-            found[contact.node] = [contact_field(raw) for raw in answer["contacts"]]
-            providers += [contact_field(raw) for raw in answer.get("providers", ())]
-        return found, providers
-
-    def find_providers(self, block: str) -> list[Contact]:
-        """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
-        local = self.node.providers.get(block, time.monotonic())
-        if local:
-            return local
+    def _known(self, contact: Contact, answer: Message | None) -> list[Contact] | None:
+        """Whom `contact` answers that it knows. None without an answer, which is noted."""
+        if answer is not None:
+            return [contact_field(raw) for raw in answer["contacts"]]
         with self.node.table_lock:
-            start = self.node.table.closest(block_target(block))
-        steps = lookup(block_target(block), start, self.own.node)
-        try:
-            todo = next(steps)
-            while True:
-                found, providers = self._find_round({"hash": block}, "find_providers", todo)
-                if providers:
-                    return providers
-                todo = steps.send(found)
-        except StopIteration:
-            return []
+            self.node.table.failed(contact)
+        return None
 
     # Blocks between nodes.
 
@@ -2472,9 +2358,7 @@ class Cluster:
         replies: dict[int, Reply] = {}
         if others and held < wanted:
             replies = self._store_out(block, data, others, wanted - held, least - held)
-        stored = [
-            contact for contact in others if replies.get(contact.node, Reply(0)).status == 200
-        ]
+        stored = [c for c in others if replies.get(c.node, Reply(0)).status == 200]
         if held + len(stored) < least:
             raise slow_down((tuple(order),), set(others) - set(stored), "write")
         for contact in stored:
@@ -2534,26 +2418,24 @@ class Cluster:
         return next((reply.body for reply in replies.values() if good(reply)), None)
 
     def touch(self, blocks: Sequence[str]) -> list[str]:
-        """Touch blocks where they should be. Returns those that fewer than two nodes (or all)
-        have."""
+        """Touch blocks where they should be. Returns those that too few nodes have."""
         view = self.view()
         least = min(2, view.replicas, len(view.members))
         lacking: list[str] = []
         for start in range(0, len(blocks), BATCH):
-            batch = list(dict.fromkeys(blocks[start : start + BATCH]))
-            holders, _ = self.have(batch, touch=True)
-            lacking += [block for block in batch if len(holders[block]) < least]
+            holders, _ = self.have(blocks[start : start + BATCH], touch=True)
+            lacking += [block for block, nodes in holders.items() if len(nodes) < least]
         return lacking
 
-    def have(self, blocks: Sequence[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
+    def have(self, blocks: Iterable[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
         """Which members hold each of these blocks (at most BATCH), and which members answered."""
-        message = {"hashes": list(blocks), "touch": touch}
         holders: dict[str, set[int]] = {block: set() for block in blocks}
+        message = {"hashes": list(holders), "touch": touch}
         answers = self.call_all("have", message, self.view().members)
         for node, answer in answers.items():
-            for block, there in zip(blocks, answer["have"], strict=True):
+            for nodes, there in zip(holders.values(), answer["have"], strict=True):
                 if there:
-                    holders[block].add(node)
+                    nodes.add(node)
         return holders, set(answers)
 
 
@@ -2582,8 +2464,7 @@ def slices(
 
 
 class StoredContent:
-    """An object's bytes on their way out: its record is a snapshot, and its blocks are pinned until
-    close."""
+    """An object's bytes on their way out, as its record was; the blocks are pinned until close."""
 
     def __init__(self, cluster: Cluster, value: Value) -> None:
         self.cluster, self.value = cluster, value
@@ -2591,8 +2472,7 @@ class StoredContent:
         cluster.node.pins.add(self._blocks)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
-        """Exactly the bytes [start, start + length), each block verified before any of it is
-        given."""
+        """The bytes [start, start + length), each block verified before any of it is given."""
         if "inline" in self.value:
             yield base64.b64decode(self.value["inline"])[start : start + length]
             return
@@ -2609,8 +2489,7 @@ class StoredContent:
 
 
 def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[bytes, None, None]:
-    """fetch(block) of each, in order, up to READ_AHEAD of them in another thread before they are
-    asked for."""
+    """fetch(block) of each, in order, up to READ_AHEAD of them before they are asked for."""
     if len(blocks) <= 1:
         yield from map(fetch, blocks)
         return
@@ -2705,7 +2584,7 @@ def merge_pages(
         if group and key.startswith(group):
             continue
         _, head, tail = best[key]
-        group = common_prefix(key, prefix, delimiter)
+        group = zs3.common_prefix(key, prefix, delimiter)
         if head:
             found.append((key, head, tail))
         elif group and key in claimed:
@@ -2717,6 +2596,9 @@ def merge_pages(
     return found, zs3.successor(group) if group and limit.startswith(group) else limit + "\0"
 
 
+COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
+
+
 class DistributedStore:
     """`zs3.Store` over a cluster: every operation works the same on every node."""
 
@@ -2725,15 +2607,13 @@ class DistributedStore:
         self.node, self.rounds = cluster.node, cluster.rounds
         self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
         self.closing = threading.Event()
-        self.counts: collections.Counter[str] = collections.Counter()  # what the jobs did, for ping
+        self.counts: collections.Counter[str] = collections.Counter()  # of COUNTED, for ping
 
     def start(self) -> None:
-        """See Store."""
         for job in self.jobs:
             threading.Thread(target=job, name=f"zs3-{job.__name__}", daemon=True).start()
 
     def close(self) -> None:
-        """See Store."""
         self.closing.set()
         self.cluster.peers.close()
         self.node.registers.close()
@@ -2745,8 +2625,7 @@ class DistributedStore:
     # --- Buckets ---
 
     def list_buckets(self) -> list[zs3.BucketInfo]:
-        """See Store. All members are asked, and so many must answer that each bucket has a read
-        quorum."""
+        """So many of all members must answer that each bucket has a read quorum."""
         asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
         view, answers = self._run(asked)
         told: dict[str, dict[int, Sequence[Any]]] = {}
@@ -2765,7 +2644,6 @@ class DistributedStore:
         return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
 
     def stat_bucket(self, bucket: str) -> zs3.BucketInfo:
-        """See Store."""
         return self._require_bucket(bucket, None)
 
     def _require_bucket(self, bucket: str, known: Top | None) -> zs3.BucketInfo:
@@ -2777,13 +2655,12 @@ class DistributedStore:
         return zs3.BucketInfo(bucket, value["bucket"]["created"])
 
     def create_bucket(self, bucket: str) -> bool:
-        """See Store."""
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
         value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
         return value is not None and value["id"] == ours["id"]
 
     def delete_bucket(self, bucket: str) -> None:
-        """See Store. First the bucket is marked: its owners then refuse new objects. An object that
+        """First the bucket is marked: its owners then refuse new objects. An object that
         was acknowledged before was accepted by a majority, none of which had the mark; so the
         owners that have it, also a majority, show at least one that holds it. The mark is removed
         if there is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while
@@ -2834,11 +2711,9 @@ class DistributedStore:
         return value
 
     def stat_object(self, bucket: str, key: str) -> zs3.ObjectInfo:
-        """See Store."""
         return info_of(key, self._read(bucket, key))
 
     def open_object(self, bucket: str, key: str) -> tuple[zs3.ObjectInfo, StoredContent]:
-        """See Store."""
         value = self._read(bucket, key)
         return info_of(key, value), StoredContent(self.cluster, value)
 
@@ -2846,7 +2721,7 @@ class DistributedStore:
         self, bucket: str, key: str, body: zs3.Body, headers: dict[str, str],
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
-        """See Store. What can be refused is refused before the body is read, unless it is small."""
+        """What can be refused is refused before the body is read, unless it is small."""
         if condition != zs3.NO_CONDITION:
             self._check(bucket, key, condition)
         elif body.size is None or body.size > INLINE_BYTES:
@@ -2858,8 +2733,7 @@ class DistributedStore:
             return self._commit(bucket, key, info, stored, condition)
 
     def _check(self, bucket: str, key: str, condition: zs3.Condition) -> None:
-        """Raise what the condition raises now. Losers of a race learn it so, without disturbing the
-        winner."""
+        """Raise what the condition raises now: who lost a race learns it without disturbing it."""
         try:
             current: zs3.ObjectInfo | None = self.stat_object(bucket, key)
         except S3Error as error:
@@ -2893,8 +2767,7 @@ class DistributedStore:
     def _store_body(
         self, body: Iterable[memoryview], pin: Callable[[Collection[str]], None]
     ) -> Value:
-        """The fields of a value that say where the body's bytes are. What the body raises,
-        SlowDown."""
+        """The fields of a value that say where the body's bytes are. Raises what the body does."""
         hashes: list[str] = []
         size = 0
         with ThreadPoolExecutor(STORE_BEHIND) as pool:
@@ -2934,8 +2807,7 @@ class DistributedStore:
         try:
             written = change()
         except BucketClosing as closing:
-            # Somebody is deleting the bucket, or died while doing so: after a while, take his mark
-            # away.
+            # Somebody is deleting the bucket, or died while doing so: after a while, unmark it.
             time.sleep(CLOSING_SECONDS)
             self._reopen(bucket, closing.mark)
             written = change()
@@ -2945,7 +2817,7 @@ class DistributedStore:
         self, info: zs3.ObjectInfo, content: zs3.Content, bucket: str, key: str,
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
-        """See Store. Moves no bytes; the content, as long as it is open, pins the blocks."""
+        """Moves no bytes; the content, as long as it is open, pins the blocks."""
         assert isinstance(content, StoredContent)
         fields = ("blocks", "inline")
         stored: Value = {name: content.value[name] for name in fields if name in content.value}
@@ -2953,13 +2825,11 @@ class DistributedStore:
         return self._commit(bucket, key, info, stored, condition)
 
     def _keep(self, blocks: Sequence[str]) -> None:
-        """Have pinned blocks where they should be, though their last record may have gone
-        meanwhile."""
+        """Have pinned blocks where they should be, even if their last record went meanwhile."""
         for block in self.cluster.touch(blocks):
             self.cluster.store(block, self.cluster.fetch(block))
 
     def delete_object(self, bucket: str, key: str, condition: zs3.Condition) -> None:
-        """See Store."""
         grave = tombstone()
 
         def decide(current: Value | None) -> Value | None:
@@ -2971,7 +2841,6 @@ class DistributedStore:
     def scan(
         self, bucket: str, prefix: str, start: str, delimiter: str
     ) -> Iterator[zs3.ObjectInfo]:
-        """See Store."""
         empty = True
         for key, head, _ in self._entries(bucket, prefix, start, delimiter, False):
             empty = False
@@ -3017,7 +2886,7 @@ class DistributedStore:
         self, bucket: str, key: str, parts: Sequence[zs3.ObjectInfo], info: zs3.ObjectInfo,
         condition: zs3.Condition,
     ) -> zs3.ObjectInfo:
-        """See Store. Moves no bytes, but those of parts so small that they are inline."""
+        """Moves no bytes, but those of parts so small that they are inline."""
         self._require_bucket(bucket, None)
         if condition != zs3.NO_CONDITION:
             self._check(bucket, key, condition)
@@ -3061,8 +2930,7 @@ class DistributedStore:
     # --- Peers' requests ---
 
     def internal(self, request: zs3.Request) -> zs3.Response:
-        """See Store. GET of `ping`, `peers` and `providers/HASH` is for anyone; all else is for
-        peers."""
+        """GET of `ping`, `peers` and `providers/HASH` is for anyone; all else is for peers."""
         name, _, argument = request.path.removeprefix("/_zs3/").partition("/")
         if request.method in ("GET", "HEAD"):
             return self._open_page(name, argument)
@@ -3147,10 +3015,7 @@ class DistributedStore:
             "blocks": self.node.blocks.count,
             "bytes": self.node.blocks.total_bytes,
             "peers": peers,
-            **{
-                name: self.counts[name]
-                for name in ("repairs", "healed", "collected", "buried", "pulled")
-            },
+            **{name: self.counts[name] for name in COUNTED},
         }
 
 
@@ -3160,8 +3025,7 @@ def json_response(status: int, body: Message) -> zs3.Response:
 
 
 def read_body(request: zs3.Request, limit: int) -> bytearray:
-    """The whole body of a peer's request. ValueError when it is longer than `limit` or has no
-    length."""
+    """The whole body of a peer's request. ValueError unless it has a length within `limit`."""
     declared = request.header("content-length")
     need(declared.isdecimal() and int(declared) <= limit, "length")
     data = bytearray(int(declared))
@@ -3184,9 +3048,8 @@ class Housekeeping:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers, self.blocks = store.node.registers, store.node.blocks
         self.grace, self.tombstone_grace = grace, tombstone_grace
-        self._suspects: dict[
-            str, tuple[float, float]
-        ] = {}  # unused block -> (since, its touch time)
+        # unused block -> (since, its touch time)
+        self._suspects: dict[str, tuple[float, float]] = {}
         self._published = -REPUBLISH_SECONDS
 
     # --- Catching up ---
@@ -3216,7 +3079,7 @@ class Housekeeping:
         while more:
             answer = self.cluster.call("changes", {"epoch": view.epoch, "since": since}, contact)
             if answer is None or "entries" not in answer:
-                self._views(answer, contact)
+                self.cluster.share_views({contact.node: answer or {}}, [contact])
                 return False
             if not self._take(view, contact, answer["entries"]):
                 return False
@@ -3227,14 +3090,6 @@ class Housekeeping:
                 epoch, since = view.epoch, answer["upto"]
                 self.registers.set_meta(place, f"{epoch} {since}")
         return True
-
-    def _views(self, answer: Message | None, contact: Contact) -> None:
-        """One of the two does not know the newest view."""
-        if answer and "views" in answer:
-            self.cluster.adopt(answer["views"])
-        elif answer and "behind" in answer:
-            views = self.registers.views_after(answer["behind"])
-            self.cluster.call("views", {"views": views}, contact)
 
     def _take(self, view: View, contact: Contact, entries: Sequence[Sequence[Any]]) -> bool:
         lacking: list[tuple[str, str]] = []
@@ -3296,14 +3151,12 @@ class Housekeeping:
             if self.cluster.run(self.cluster.rounds.bucket(bucket)) is None:
                 self.cluster.run(self.cluster.rounds.repair(bucket, key))
 
-    def _everywhere(
-        self, view: View, graves: list[tuple[str, str, str]]
-    ) -> list[tuple[str, str, str]]:
+    def _everywhere(self, view: View, graves: list[Grave]) -> list[Grave]:
         """Those of `graves` that all owners have."""
-        lacking: set[tuple[str, str, str]] = set()
-        owners: dict[Contact, list[tuple[str, str, str]]] = {}
+        lacking: set[Grave] = set()
+        owners: dict[Contact, list[Grave]] = {}
         for grave in graves:
-            for contact in {contact for group in view.groups(grave[0]) for contact in group}:
+            for contact in everyone(view.groups(grave[0])):
                 owners.setdefault(contact, []).append(grave)
         for contact, asked in owners.items():
             answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
@@ -3315,8 +3168,7 @@ class Housekeeping:
     # --- Blocks ---
 
     def tend(self) -> None:
-        """One walk over this node's blocks: collect garbage, restore replicas, announce what is
-        here."""
+        """One walk over the blocks here: collect garbage, restore replicas, announce the rest."""
         announce = self.cluster.node.clock() - self._published > REPUBLISH_SECONDS
         walk = (block for block, _ in self.blocks.walk())
         suspects: dict[str, tuple[float, float]] = {}
@@ -3347,8 +3199,7 @@ class Housekeeping:
         return [any(said) for said in zip(*(a["used"] for a in answers.values()), strict=True)]
 
     def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
-        """Remove what was unused and untouched for the grace; the others stay suspects. Returns
-        bytes."""
+        """Remove what was unused and untouched for the grace; the rest stay suspects. In bytes."""
         freed, now = 0, self.cluster.node.clock()
         for block in unused:
             touched = self.blocks.touched(block)
@@ -3365,8 +3216,7 @@ class Housekeeping:
         return freed
 
     def _replicate(self, blocks: list[str], announce: bool) -> None:
-        """Have each block on the live members nearest to it; drop a copy that nobody looks for
-        here."""
+        """Have each block on the live members nearest to it; drop a copy that is no use here."""
         if not blocks:
             return
         view, own = self.cluster.view(), self.node.own
@@ -3408,11 +3258,8 @@ class Housekeeping:
             self.cluster.call("provide", {"hashes": hashes}, contact)
 
     def touch_pinned(self) -> None:
-        """Touch the blocks of operations under way, in case this node cannot be asked about its
-        pins."""
-        blocks = self.node.pins.list()
-        for start in range(0, len(blocks), BATCH):
-            self.cluster.have(blocks[start : start + BATCH], touch=True)
+        """Touch the blocks of operations under way, in case nobody can ask about our pins."""
+        self.cluster.touch(self.node.pins.list())
 
     def scrub(self) -> None:
         """Read every block once, slowly; one that went bad is set aside and fetched anew."""
@@ -3459,14 +3306,17 @@ class Job:
 class Membership:
     """How this node becomes and stays a member, and learns of others."""
 
-    def __init__(self, store: DistributedStore, bootstrap: Sequence[str], replicas: int) -> None:
+    def __init__(
+        self, store: DistributedStore, bootstrap: Iterable[str], replicas: int,
+        forget_after: float = math.inf, discovering: bool = False, ordered: int | None = None,
+    ) -> None:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers = store.node.registers
-        self.bootstrap = set(bootstrap)
-        self.discovered: dict[str, int] = {}  # address -> node id, from multicast
-        self.replicas = replicas
-        self.discovering = False
-        self.forget_after = math.inf  # seconds of silence
+        self.bootstrap, self.replicas, self.discovering = set(bootstrap), replicas, discovering
+        self.forget_after = forget_after  # seconds of silence
+        self.ordered = ordered  # whom the operator orders to forget
+        self.obeyed = False
+        self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
         self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
         self.alone_since = time.monotonic()
@@ -3495,17 +3345,15 @@ class Membership:
         self._find_cluster()
 
     def _addresses(self) -> list[str]:
-        return sorted((self.bootstrap | set(self.discovered)) - {self.node.own.address})
+        return sorted((self.bootstrap | self.discovered) - {self.node.own.address})
 
     def _ask(self, address: str) -> Message | None:
-        """hello to an address whose node is not known. None when no peer of this cluster answers
-        there."""
+        """hello to an address whose node is not known; None when no peer of ours is there."""
         view = self.registers.view
         return self.cluster.call("hello", {"epoch": view.epoch if view else 0}, Contact(0, address))
 
     def _find_cluster(self) -> None:
-        """A fresh node: enter the cluster that the others are in; found one if there is none to
-        find."""
+        """A fresh node: enter the cluster that others are in; found one if there is none."""
         fresh: list[int] = []
         silent = False
         for address in self._addresses():
@@ -3519,12 +3367,7 @@ class Membership:
         founds = not self.bootstrap and not self.discovering
         waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
         listed = self.node.own.address in self.bootstrap or self.discovering
-        if (
-            listed
-            and waited
-            and not silent
-            and self.node.own.node < min(fresh, default=1 << ID_BITS)
-        ):
+        if listed and waited and not silent and self.node.own.node < min(fresh, default=math.inf):
             founds = True
         if not founds and not self.waiting:
             self.waiting = True
@@ -3556,8 +3399,7 @@ class Membership:
         LOG.info("node %s is a member, at %s", node_hex(own.node), own.address)
 
     def _merge(self, view: View) -> None:
-        """A cluster of one node without a bucket that meets another cluster gives itself up for
-        it."""
+        """A cluster of one node without a bucket gives itself up for another that it meets."""
         if self.registers.buckets():
             return
         for address in self._addresses():
@@ -3584,8 +3426,7 @@ class Membership:
                 self._decide(view, after)
 
     def _decide(self, view: View, after: View) -> None:
-        """Decide the view that follows `view`: `after`, or what somebody else had decided
-        already."""
+        """Decide the view that follows `view`: `after`, or what somebody else decided already."""
         value = {"id": secrets.token_hex(8), "view": after.as_json()}
 
         def voters(now: View) -> Groups:
@@ -3607,11 +3448,9 @@ class Membership:
         the other (`--forget`): what was acknowledged, both had accepted."""
         alone = len(now.members) == 2 and after.members == (self.node.own,)
         complete = not now.previous or self.registers.synced == now.epoch
-        if self.forgetting and alone and complete:
+        if self.ordered is not None and alone and complete:
             return ((self.node.own,),)
         return now.groups(VIEWS)
-
-    forgetting = False
 
     def settle(self) -> None:
         """End a joint view when enough members have all that was known before it (section 7)."""
@@ -3625,7 +3464,8 @@ class Membership:
                 synced[contact.node] = answer["synced"] if answer else 0
         lacking = sum(synced.get(contact.node, 0) < view.epoch for contact in view.members)
         if lacking < read_quorum(min(view.replicas, len(view.members))):
-            self.propose(lambda now: now.settled() if now.epoch == view.epoch else None)
+            stable = replace(view, epoch=view.epoch + 1, previous=())
+            self.propose(lambda now: stable if now.epoch == view.epoch else None)
 
     def forget(self, node: int) -> None:
         """Have a view decided without `node`."""
@@ -3634,10 +3474,18 @@ class Membership:
             if view.member(node) is None:
                 return None
             after = view.with_members(c for c in view.members if c.node != node)
-            return after.alone() if self.forgetting and len(view.members) == 2 else after
+            if self.ordered is not None and len(view.members) == 2:
+                return replace(after, previous=())  # the operator says that it is gone for good
+            return after
 
         self.propose(make)
         LOG.warning("node %s was forgotten", node_hex(node))
+
+    def obey(self) -> None:
+        """Forget whom the operator orders to forget, once."""
+        if self.ordered is not None and not self.obeyed:
+            self.forget(self.ordered)
+            self.obeyed = True
 
     # --- Staying one ---
 
@@ -3655,17 +3503,13 @@ class Membership:
 
     def _hello_all(self, view: View) -> None:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
-        replies = self.cluster.tell("hello", {"epoch": view.epoch}, contacts)
         self.heard[self.node.own.node] = time.monotonic()
-        for contact in contacts:
-            answer = replies.get(contact.node, Reply(0)).json()
-            if answer is not None:
-                self.heard[contact.node] = time.monotonic()
-                self.cluster.adopt(answer["views"])
+        for node, answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).items():
+            self.heard[node] = time.monotonic()
+            self.cluster.adopt(answer["views"])
 
     def _refresh(self) -> None:
-        """Keep the routing table: ping who may be gone, look up ids in k-buckets that fell
-        silent."""
+        """Keep the routing table: ping who may be gone, look up ids in silent k-buckets."""
         with self.node.table_lock:
             doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
             targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
@@ -3679,8 +3523,7 @@ class Membership:
         self.node.providers.expire(self.node.clock())
 
     def probe(self) -> None:
-        """hello to members that did not answer lately, so that no client's request need find
-        out."""
+        """hello to members that did not answer lately, so that no client's request finds out."""
         view = self.cluster.known_view()
         silent = [c for c in view.everybody() if self.cluster.peers.skipped(c.node)]
         self.cluster.tell("hello", {"epoch": view.epoch}, silent)
@@ -3688,8 +3531,7 @@ class Membership:
     # --- Discovery on the local network ---
 
     def announce(self) -> None:
-        """Tell the multicast group where this node is. The packet proves that it is of this
-        cluster."""
+        """Tell the multicast group where this node is, with proof that it is of this cluster."""
         text = pack(self.node.own.as_json())
         packet = self.store.seal.mark(text) + text
         with contextlib.closing(multicast_socket(self.node.own.address)) as sender:
@@ -3704,21 +3546,19 @@ class Membership:
             receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
             receiver.settimeout(1.0)
             while not self.store.closing.is_set():
-                with contextlib.suppress(
-                    TimeoutError, ValueError
-                ):  # nothing heard, or no packet of ours
+                # Nothing was heard, or no packet of ours.
+                with contextlib.suppress(TimeoutError, ValueError):
                     self._heard_packet(receiver.recv(1024))
 
     def _heard_packet(self, packet: bytes) -> None:
         if hmac.compare_digest(self.store.seal.mark(packet[32:]), packet[:32]):
             contact = contact_field(json.loads(packet[32:]))
             if contact.node != self.node.own.node and len(self.discovered) < MAX_MEMBERS:
-                self.discovered[contact.address] = contact.node
+                self.discovered.add(contact.address)
 
 
 def interface_of(host: str) -> str:
-    """The IPv4 address of the interface that a host's address is on; 0.0.0.0 lets the kernel
-    choose."""
+    """The IPv4 address of the interface of a host; 0.0.0.0 lets the kernel choose."""
     try:
         return socket.gethostbyname(host)
     except OSError:
@@ -3726,8 +3566,7 @@ def interface_of(host: str) -> str:
 
 
 def multicast_socket(address: str) -> socket.socket:
-    """A UDP socket whose multicasts leave by the interface of `address` and are heard on this
-    machine too."""
+    """A UDP socket that multicasts by the interface of `address`, to this machine too."""
     one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     interface = socket.inet_aton(interface_of(address.rpartition(":")[0]))
@@ -3782,8 +3621,7 @@ def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Crede
 def open_store(
     args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]
 ) -> DistributedStore:
-    """The store of a node of a cluster, as the command line asks for it. `start` begins its
-    jobs."""
+    """The store of a node of a cluster, as the command line asks for it."""
     for address in args.bootstrap:
         if not ADDRESS.fullmatch(address):
             raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
@@ -3799,12 +3637,13 @@ def open_store(
 
 
 def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
-    """What runs in the background, and how often: all intervals follow from
-    --gossip-interval-ms."""
+    """What runs in the background, and how often, which follows from --gossip-interval-ms."""
     gossip = args.gossip_interval_ms / 1000
     keep = Housekeeping(store, args.gc_grace, args.tombstone_grace)
-    member = Membership(store, args.bootstrap, args.replicas)
-    member.forget_after = max(FORGET_ROUNDS * gossip, args.tombstone_grace)
+    member = Membership(
+        store, args.bootstrap, args.replicas, max(FORGET_ROUNDS * gossip, args.tombstone_grace),
+        args.discover, int(text_field(NODE)(args.forget), 16) if args.forget else None,
+    )
     steps: list[tuple[Callable[[], None], float]] = [
         (member.join, 0.5),
         (member.settle, 0.3),
@@ -3816,25 +3655,8 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
         (keep.touch_pinned, max(args.gc_grace / 3, 0.2)),
         (keep.scrub, SCRUB_ROUNDS * gossip),
     ]
-    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]
     if args.discover:
-        member.discovering = True
-        store.jobs += [
-            Job(store, member.announce, DISCOVERY_SECONDS), Job(store, member.listen, 1.0)
-        ]
+        steps += [(member.announce, DISCOVERY_SECONDS), (member.listen, 1.0)]
     if args.forget:
-        node = int(text_field(NODE)(args.forget), 16)
-        member.forgetting = True
-        store.jobs.append(Job(store, once(lambda: member.forget(node)), 1.0))
-
-
-def once(step: Callable[[], None]) -> Callable[[], None]:
-    """A step that does nothing after it has succeeded."""
-    done = threading.Event()
-
-    def forget() -> None:
-        if not done.is_set():
-            step()
-            done.set()
-
-    return forget
+        steps.append((member.obey, 1.0))
+    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]
