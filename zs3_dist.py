@@ -53,7 +53,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -70,7 +69,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import zs3
-from zs3 import S3Error
+from zs3 import BucketInfo, Condition, ObjectInfo, S3Error
 
 try:
     from blake3 import blake3
@@ -323,7 +322,7 @@ def info_field(raw: Any) -> Any:
     """ObjectInfo.record()."""
     need(isinstance(raw, dict), "record")
     try:
-        zs3.ObjectInfo.from_record("", raw)
+        ObjectInfo.from_record("", raw)
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError("bad record") from problem
     return raw
@@ -1137,9 +1136,7 @@ class View:
     replicas: int  # owners of a bucket and holders of a block
     members: Group
     previous: Group = ()
-    _groups: dict[str, Groups] = field(
-        default_factory=dict, compare=False, repr=False, init=False
-    )
+    _groups: dict[str, Groups] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def groups(self, bucket: str) -> Groups:
         """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
@@ -2442,9 +2439,9 @@ class Cluster:
 # ===== 8 DistributedStore =====
 
 
-def info_of(key: str, value: Value) -> zs3.ObjectInfo:
+def info_of(key: str, value: Value) -> ObjectInfo:
     """What S3 tells of an object."""
-    return zs3.ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
+    return ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
 
 
 def slices(
@@ -2493,32 +2490,17 @@ def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[byt
     if len(blocks) <= 1:
         yield from map(fetch, blocks)
         return
-    room = threading.Semaphore(READ_AHEAD)
-    ready: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    stopped = threading.Event()
-
-    def work() -> None:
-        for block in blocks:
-            room.acquire()
-            if stopped.is_set():
-                return
-            try:
-                ready.put(fetch(block))
-            except Exception as problem:  # raised where the block is asked for
-                ready.put(problem)
-                return
-
-    threading.Thread(target=work, name="zs3-ahead", daemon=True).start()
+    todo = iter(blocks)
+    pool = ThreadPoolExecutor(1)
     try:
-        for _ in blocks:
-            data = ready.get()
-            if isinstance(data, Exception):
-                raise data
-            room.release()
+        first = itertools.islice(todo, READ_AHEAD)
+        under_way = collections.deque(pool.submit(fetch, block) for block in first)
+        while under_way:
+            data = under_way.popleft().result()
+            under_way.extend(pool.submit(fetch, block) for block in itertools.islice(todo, 1))
             yield data
     finally:
-        stopped.set()
-        room.release()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
@@ -2599,6 +2581,9 @@ def merge_pages(
 COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
 
 
+Pin = Callable[[Collection[str]], None]  # keeps blocks until the operation ends
+
+
 class DistributedStore:
     """`zs3.Store` over a cluster: every operation works the same on every node."""
 
@@ -2624,7 +2609,7 @@ class DistributedStore:
 
     # --- Buckets ---
 
-    def list_buckets(self) -> list[zs3.BucketInfo]:
+    def list_buckets(self) -> list[BucketInfo]:
         """So many of all members must answer that each bucket has a read quorum."""
         asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
         view, answers = self._run(asked)
@@ -2636,23 +2621,23 @@ class DistributedStore:
         for name in sorted(told):
             value = self._run(self.rounds.bucket(name, weigh(view.groups(name), told[name])))
             if value is not None:
-                found.append(zs3.BucketInfo(name, value["bucket"]["created"]))
+                found.append(BucketInfo(name, value["bucket"]["created"]))
         return found
 
     def _most(self, members: int) -> int:
         """So many of the members that every bucket's read quorum is among them."""
         return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
 
-    def stat_bucket(self, bucket: str) -> zs3.BucketInfo:
+    def stat_bucket(self, bucket: str) -> BucketInfo:
         return self._require_bucket(bucket, None)
 
-    def _require_bucket(self, bucket: str, known: Top | None) -> zs3.BucketInfo:
+    def _require_bucket(self, bucket: str, known: Top | None) -> BucketInfo:
         if bucket == UPLOADS:
-            return zs3.BucketInfo(bucket, 0.0)
+            return BucketInfo(bucket, 0.0)
         value = self._run(self.rounds.bucket(bucket, known))
         if value is None:
             raise S3Error("NoSuchBucket", BucketName=bucket)
-        return zs3.BucketInfo(bucket, value["bucket"]["created"])
+        return BucketInfo(bucket, value["bucket"]["created"])
 
     def create_bucket(self, bucket: str) -> bool:
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
@@ -2660,11 +2645,11 @@ class DistributedStore:
         return value is not None and value["id"] == ours["id"]
 
     def delete_bucket(self, bucket: str) -> None:
-        """First the bucket is marked: its owners then refuse new objects. An object that
-        was acknowledged before was accepted by a majority, none of which had the mark; so the
-        owners that have it, also a majority, show at least one that holds it. The mark is removed
-        if there is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while
-        the mark is ours does the tombstone replace it."""
+        """First the bucket is marked: its owners then refuse new objects. An object that was
+        acknowledged before was accepted by a majority, none of which had the mark; so the owners
+        that have it, also a majority, show at least one that holds it. The mark is removed if there
+        is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while the mark
+        is ours does the tombstone replace it."""
         mark = {"id": secrets.token_hex(8)}
 
         def close(current: Value | None) -> Value | None:
@@ -2710,32 +2695,33 @@ class DistributedStore:
             raise S3Error("NoSuchKey", Key=key)
         return value
 
-    def stat_object(self, bucket: str, key: str) -> zs3.ObjectInfo:
+    def stat_object(self, bucket: str, key: str) -> ObjectInfo:
         return info_of(key, self._read(bucket, key))
 
-    def open_object(self, bucket: str, key: str) -> tuple[zs3.ObjectInfo, StoredContent]:
+    def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, StoredContent]:
         value = self._read(bucket, key)
         return info_of(key, value), StoredContent(self.cluster, value)
 
     def put_object(
-        self, bucket: str, key: str, body: zs3.Body, headers: dict[str, str],
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
+        self, bucket: str, key: str, body: zs3.Body, headers: dict[str, str], condition: Condition
+    ) -> ObjectInfo:
         """What can be refused is refused before the body is read, unless it is small."""
-        if condition != zs3.NO_CONDITION:
+        if body.size is None or body.size > INLINE_BYTES or condition != zs3.NO_CONDITION:
             self._check(bucket, key, condition)
-        elif body.size is None or body.size > INLINE_BYTES:
-            self._require_bucket(bucket, None)
         with self._pinned() as pin:
             stored = self._store_body(body, pin)
             kind = "FULL_OBJECT" if body.checksums else ""
-            info = zs3.ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
+            info = ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
             return self._commit(bucket, key, info, stored, condition)
 
-    def _check(self, bucket: str, key: str, condition: zs3.Condition) -> None:
-        """Raise what the condition raises now: who lost a race learns it without disturbing it."""
+    def _check(self, bucket: str, key: str, condition: Condition) -> None:
+        """NoSuchBucket, or what the condition raises now: who lost a race learns it so, without
+        disturbing the winner."""
+        if condition == zs3.NO_CONDITION:
+            self._require_bucket(bucket, None)
+            return
         try:
-            current: zs3.ObjectInfo | None = self.stat_object(bucket, key)
+            current: ObjectInfo | None = self.stat_object(bucket, key)
         except S3Error as error:
             if error.code != "NoSuchKey":
                 raise
@@ -2743,7 +2729,7 @@ class DistributedStore:
         condition.check(current)
 
     @contextlib.contextmanager
-    def _pinned(self) -> Iterator[Callable[[Collection[str]], None]]:
+    def _pinned(self) -> Iterator[Pin]:
         """A function that pins blocks until the end of the `with`."""
         pinned: list[str] = []
 
@@ -2764,9 +2750,7 @@ class DistributedStore:
         finally:
             self.node.pins.drop(pinned)
 
-    def _store_body(
-        self, body: Iterable[memoryview], pin: Callable[[Collection[str]], None]
-    ) -> Value:
+    def _store_body(self, body: Iterable[memoryview], pin: Pin) -> Value:
         """The fields of a value that say where the body's bytes are. Raises what the body does."""
         hashes: list[str] = []
         size = 0
@@ -2788,8 +2772,8 @@ class DistributedStore:
         return {"blocks": [[size, "".join(hashes)]]}
 
     def _commit(
-        self, bucket: str, key: str, info: zs3.ObjectInfo, stored: Value, condition: zs3.Condition
-    ) -> zs3.ObjectInfo:
+        self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition
+    ) -> ObjectInfo:
         """Make the record of bytes that are stored the key's."""
         record = {**info.record(), "modified": time.time()}
         parts = record.pop("parts", None)
@@ -2814,9 +2798,8 @@ class DistributedStore:
         return info_of(key, written)
 
     def copy_object(
-        self, info: zs3.ObjectInfo, content: zs3.Content, bucket: str, key: str,
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
+        self, info: ObjectInfo, content: zs3.Content, bucket: str, key: str, condition: Condition
+    ) -> ObjectInfo:
         """Moves no bytes; the content, as long as it is open, pins the blocks."""
         assert isinstance(content, StoredContent)
         fields = ("blocks", "inline")
@@ -2829,7 +2812,7 @@ class DistributedStore:
         for block in self.cluster.touch(blocks):
             self.cluster.store(block, self.cluster.fetch(block))
 
-    def delete_object(self, bucket: str, key: str, condition: zs3.Condition) -> None:
+    def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         grave = tombstone()
 
         def decide(current: Value | None) -> Value | None:
@@ -2838,9 +2821,7 @@ class DistributedStore:
 
         self._run(self.rounds.change(bucket, key, decide))
 
-    def scan(
-        self, bucket: str, prefix: str, start: str, delimiter: str
-    ) -> Iterator[zs3.ObjectInfo]:
+    def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
         empty = True
         for key, head, _ in self._entries(bucket, prefix, start, delimiter, False):
             empty = False
@@ -2883,20 +2864,16 @@ class DistributedStore:
         return [*answers.values(), {"entries": read, "more": False}]
 
     def concatenate(
-        self, bucket: str, key: str, parts: Sequence[zs3.ObjectInfo], info: zs3.ObjectInfo,
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
+        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
+        condition: Condition,
+    ) -> ObjectInfo:
         """Moves no bytes, but those of parts so small that they are inline."""
-        self._require_bucket(bucket, None)
-        if condition != zs3.NO_CONDITION:
-            self._check(bucket, key, condition)
+        self._check(bucket, key, condition)
         with self._pinned() as pin:
             stored = self._join(parts, pin)
             return self._commit(bucket, key, info, stored, condition)
 
-    def _join(
-        self, parts: Sequence[zs3.ObjectInfo], pin: Callable[[Collection[str]], None]
-    ) -> Value:
+    def _join(self, parts: Sequence[ObjectInfo], pin: Pin) -> Value:
         """The fields of a value that say where the parts' bytes are."""
         wanted = {part.key: part.etag for part in parts}
         values: dict[str, Value] = {}
@@ -2921,7 +2898,7 @@ class DistributedStore:
         self._keep(hashes)
         return {"blocks": segments} if segments else {"inline": ""}
 
-    def _store_small(self, data: bytes, pin: Callable[[Collection[str]], None]) -> list[Any]:
+    def _store_small(self, data: bytes, pin: Pin) -> list[Any]:
         block = block_hash(data)
         pin([block])
         self.cluster.store(block, data)
@@ -3005,16 +2982,11 @@ class DistributedStore:
         with self.node.table_lock:
             peers = len(self.node.table.contacts())
         return {
-            "node": node_hex(self.node.own.node),
-            "address": self.node.own.address,
-            "joined": self.cluster.joined.is_set(),
-            "epoch": view.epoch if view else 0,
-            "members": len(view.members) if view else 0,
-            "joining": bool(view and view.previous),
-            "objects": self.node.registers.objects,
-            "blocks": self.node.blocks.count,
-            "bytes": self.node.blocks.total_bytes,
-            "peers": peers,
+            "node": node_hex(self.node.own.node), "address": self.node.own.address,
+            "joined": self.cluster.joined.is_set(), "epoch": view.epoch if view else 0,
+            "members": len(view.members) if view else 0, "joining": bool(view and view.previous),
+            "objects": self.node.registers.objects, "blocks": self.node.blocks.count,
+            "bytes": self.node.blocks.total_bytes, "peers": peers,
             **{name: self.counts[name] for name in COUNTED},
         }
 
@@ -3327,22 +3299,19 @@ class Membership:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
         member = view.member(self.node.own.node) if view else None
-        if view is not None and member == self.node.own:
+        if view is None:
+            self._find_cluster()
+        elif member == self.node.own:
             if not self.cluster.joined.is_set():
                 # It may have been forgotten meanwhile: ask before answering anybody.
                 self._hello_all(view)
             self.cluster.check_membership()
             if len(view.members) == 1:
                 self._merge(view)
-            return
-        if view is not None and member is not None and len(view.members) == 1:
-            self._enter()  # alone, at a new address
-            return
-        if view is not None:
-            self._hello_all(view)
+        else:
+            if member is None or len(view.members) > 1:  # else it is alone, at a new address
+                self._hello_all(view)
             self._enter()
-            return
-        self._find_cluster()
 
     def _addresses(self) -> list[str]:
         return sorted((self.bootstrap | self.discovered) - {self.node.own.address})
