@@ -1878,7 +1878,7 @@ class Change:
             return None
         top = weigh(groups, told)
         basis = yield from self._basis(groups, answers)
-        value, error = self._decided(top, basis)
+        value, error = self._decided(top)
         if value is None:
             if top.settled and not self.tried and not self.rewrites:
                 return self._answer(top.value, error)
@@ -1916,7 +1916,7 @@ class Change:
             return None
         return (top.accepted, True, top.value) if top.value else None
 
-    def _decided(self, top: Top, basis: object) -> tuple[Value | None, S3Error | None]:
+    def _decided(self, top: Top) -> tuple[Value | None, S3Error | None]:
         """(value to write or None to leave it, error to raise once that is settled)."""
         if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
             return (None if top.settled else top.value), None
@@ -2024,9 +2024,9 @@ class Node:
         self.table = RoutingTable(own.node)
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
-        # By message; each takes its fields but the epoch. Two want to know who asks.
+        # By message. Each takes its fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
-            "hello": self.on_hello, "views": self.on_views, "find": self.on_find,
+            "views": self.on_views, "find": self.on_find,
             "find_providers": self.on_find_providers, "provide": self.on_provide,
             "prepare": registers.prepare, "accept": registers.accept, "learn": registers.learn,
             "read": registers.read, "page": self.on_page, "buckets": self.on_buckets,
@@ -2045,11 +2045,11 @@ class Node:
         """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
         epoch, and what is answered, are one step: meanwhile no other view is entered, and no
         register dropped."""
-        fields = {name: one for name, one in message.items() if name != "epoch"}
+        if name == "hello":  # of any epoch
+            return self.on_hello(**message)
+        fields = {field: one for field, one in message.items() if field != "epoch"}
         if name in ("provide", "changes"):
             fields["sender"] = sender
-        if name == "hello":
-            return self.on_hello(message["epoch"])
         if "epoch" not in message:
             return self.handlers[name](**fields)
         epoch = message["epoch"]
@@ -2579,8 +2579,6 @@ def merge_pages(
 
 
 COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
-
-
 Pin = Callable[[Collection[str]], None]  # keeps blocks until the operation ends
 
 
@@ -2611,8 +2609,8 @@ class DistributedStore:
 
     def list_buckets(self) -> list[BucketInfo]:
         """So many of all members must answer that each bucket has a read quorum."""
-        asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
-        view, answers = self._run(asked)
+        steps = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
+        view, answers = self._run(steps)
         told: dict[str, dict[int, Sequence[Any]]] = {}
         for node, answer in answers.items():
             for name, *one in answer["buckets"]:
@@ -3089,11 +3087,9 @@ class Housekeeping:
         if answer is None or "slots" not in answer:
             return 0
         slots = answer["slots"]
-        for (bucket, key), (accepted, chosen, value) in zip(places, slots, strict=False):
-            if value is not None and not self.registers.offer(
-                view.epoch, bucket, key, accepted, chosen, value
-            ):
-                self.cluster.run(self.cluster.rounds.repair(bucket, key))
+        for place, slot in zip(places, slots, strict=False):
+            if not self.registers.offer(view.epoch, *place, *slot):
+                self.cluster.run(self.cluster.rounds.repair(*place))
             self.store.counts["pulled"] += 1
         return len(slots)
 
@@ -3318,8 +3314,7 @@ class Membership:
 
     def _ask(self, address: str) -> Message | None:
         """hello to an address whose node is not known; None when no peer of ours is there."""
-        view = self.registers.view
-        return self.cluster.call("hello", {"epoch": view.epoch if view else 0}, Contact(0, address))
+        return self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
 
     def _find_cluster(self) -> None:
         """A fresh node: enter the cluster that others are in; found one if there is none."""
@@ -3372,13 +3367,12 @@ class Membership:
         if self.registers.buckets():
             return
         for address in self._addresses():
-            answer = self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
+            answer = self._ask(address)
             if answer is None or not answer["views"]:
                 continue
             other = View.from_json(answer["views"][-1])
-            if other.cluster == view.cluster:
-                continue
-            if not answer["idle"] or other.members[0].node < self.node.own.node:
+            gives_up = not answer["idle"] or other.members[0].node < self.node.own.node
+            if other.cluster != view.cluster and gives_up:
                 self.cluster.joined.clear()
                 return self._install(answer)
 
@@ -3426,13 +3420,10 @@ class Membership:
         view = self.cluster.view()
         if not view.previous:
             return
-        synced = {self.node.own.node: self.registers.synced}
-        for contact in view.members:
-            if contact != self.node.own and not self.cluster.peers.skipped(contact.node):
-                answer = self.cluster.call("hello", {"epoch": view.epoch}, contact)
-                synced[contact.node] = answer["synced"] if answer else 0
-        lacking = sum(synced.get(contact.node, 0) < view.epoch for contact in view.members)
-        if lacking < read_quorum(min(view.replicas, len(view.members))):
+        asked = [c for c in view.members if not self.cluster.peers.skipped(c.node)]
+        answers = self.cluster.call_all("hello", {"epoch": view.epoch}, asked)
+        synced = sum(answer["synced"] >= view.epoch for answer in answers.values())
+        if len(view.members) - synced < read_quorum(min(view.replicas, len(view.members))):
             stable = replace(view, epoch=view.epoch + 1, previous=())
             self.propose(lambda now: stable if now.epoch == view.epoch else None)
 
@@ -3483,9 +3474,10 @@ class Membership:
             doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
             targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
         view = self.cluster.known_view()
-        for contact in doubted:
-            if self.cluster.call("hello", {"epoch": view.epoch}, contact) is None:
-                with self.node.table_lock:
+        there = self.cluster.call_all("hello", {"epoch": view.epoch}, doubted)
+        with self.node.table_lock:
+            for contact in doubted:
+                if contact.node not in there:
                     self.node.table.failed(contact)
         for target in targets:
             self.cluster.find(target)
