@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import bisect
 import collections
 import contextlib
 import errno
@@ -1011,16 +1010,12 @@ class Blocks:
         self._counted(-1, -status.st_size)
         return status.st_size
 
-    def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
-        """(hash, bytes) of every block whose name is greater than `after`, sorted."""
-        for folder in sorted(self.root.iterdir()):
-            if len(folder.name) != 2 or folder.name < after[:2]:
-                continue
-            with os.scandir(folder) as entries:
-                names = sorted(e.name[:64] for e in entries if e.name.endswith(".blob"))
-            for block in names[bisect.bisect_right(names, after) :]:
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(hash, bytes) of every block, sorted."""
+        for folder in sorted(path for path in self.root.iterdir() if len(path.name) == 2):
+            for name in sorted(name for name in os.listdir(folder) if name.endswith(".blob")):
                 with contextlib.suppress(FileNotFoundError):  # removed while we walk
-                    yield block, self.path(block).stat().st_size
+                    yield name[:64], (folder / name).stat().st_size
 
     def recount(self) -> None:
         """Set the counts from what is on the disk."""
@@ -2187,9 +2182,7 @@ class Cluster:
             while True:
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)
-                    step = steps.send({})
-                else:
-                    step = steps.send(self.ask(step))
+                step = steps.send({} if isinstance(step, Pause) else self.ask(step))
         except StopIteration as end:
             return cast(T, end.value)
 
@@ -2260,8 +2253,7 @@ class Cluster:
     def share_views(
         self, answers: Mapping[int, Message], asked: Iterable[Contact]
     ) -> list[Contact]:
-        """Enter newer views that came back; tell ours to those of `asked` that are behind, who are
-        returned."""
+        """Enter newer views that came back; tell ours to those that are behind. Returns these."""
         for answer in list(answers.values()):
             if "views" in answer:
                 self.adopt(answer["views"])
@@ -2848,8 +2840,7 @@ class DistributedStore:
             yield from found
 
     def _settled_pages(self, bucket: str, fields: Message) -> list[Message]:
-        """Pages of a read quorum, and one that overrules them: of the keys on which they do not
-        agree, read one by one."""
+        """Pages of a read quorum, and one that overrules them: what they leave in doubt, read."""
         steps = self.rounds.gather(
             "page", bucket, fields, "entries", read_quorum, lambda *said: not doubtful(*said)
         )
@@ -3328,16 +3319,16 @@ class Membership:
                 return self._install(answer)
             else:
                 fresh.append(contact_field(answer["contact"]).node)
-        founds = not self.bootstrap and not self.discovering
+        told = self.bootstrap or self.discovering  # that there may be others
         waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
         listed = self.node.own.address in self.bootstrap or self.discovering
-        if listed and waited and not silent and self.node.own.node < min(fresh, default=math.inf):
-            founds = True
-        if not founds and not self.waiting:
+        first = self.node.own.node < min(fresh, default=math.inf)
+        if told and not (listed and waited and first and not silent):
+            if not self.waiting:
+                where = ", ".join(self._addresses()) or "the multicast group"
+                LOG.info("waiting for a node of this cluster (with the same secret) at %s", where)
             self.waiting = True
-            addresses = ", ".join(self._addresses()) or "the multicast group"
-            LOG.info("waiting for a node of this cluster (with the same secret) at %s", addresses)
-        if founds:
+        else:
             view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
             self.registers.install([view])
             self.cluster.check_membership()
