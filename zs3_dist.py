@@ -622,7 +622,7 @@ class Peers:
         `first` questions are asked at once, one more for each that fails or takes HEDGE_SECONDS. It
         ends when `enough` says so (and `linger` seconds later for the rest), or all answered or
         timed out."""
-        return Exchange(self, questions, enough, first, seconds, linger).run()
+        return Exchange(self, questions, seconds).run(enough, first, linger)
 
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
@@ -701,12 +701,8 @@ class Peers:
 class Exchange:
     """One `Peers.ask`: questions on their way and the answers so far."""
 
-    def __init__(
-        self, peers: Peers, questions: Sequence[Question], enough: Enough, first: int,
-        seconds: float, linger: float,
-    ) -> None:
-        self.peers, self.enough, self.first, self.linger = peers, enough, first, linger
-        self.queue = collections.deque(questions)
+    def __init__(self, peers: Peers, questions: Sequence[Question], seconds: float) -> None:
+        self.peers, self.queue = peers, collections.deque(questions)
         self.deadline = time.monotonic() + seconds
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
@@ -715,25 +711,25 @@ class Exchange:
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
 
-    def run(self) -> dict[int, Reply]:
-        """Ask until enough is known."""
-        for _ in range(min(self.first, len(self.queue))):
+    def run(self, enough: Enough, first: int, linger: float) -> dict[int, Reply]:
+        """See `Peers.ask`."""
+        for _ in range(min(first, len(self.queue))):
             self._start()
-        while (self.calls or self.queue) and not self.enough(self.answers):
+        while (self.calls or self.queue) and not enough(self.answers):
             self._step(self.deadline)
-        stop = min(self.deadline, time.monotonic() + self.linger)
-        while self.linger and self.calls and time.monotonic() < stop:
+        stop = min(self.deadline, time.monotonic() + linger)
+        while linger and self.calls and time.monotonic() < stop:
             self._step(stop)
-        self._leave()
+        self._leave(linger)
         return self.answers
 
-    def _leave(self) -> None:
+    def _leave(self, linger: float) -> None:
         """Give up calls that could not even be sent; the others may be answered late."""
         sent = [call for call in self.calls.values() if not call.link.outgoing]
         unsent = [call for call in self.calls.values() if call.link.outgoing]
         for call in unsent:
             call.link.close()
-        for call in self.calls.values() if self.linger else unsent:
+        for call in self.calls.values() if linger else unsent:
             self.peers.fail(call.to.node)
         self.peers.later(sent)
 
@@ -1275,8 +1271,6 @@ SELECT key, accepted, live, head, tail, chosen FROM registers
 WHERE bucket = ? AND key >= ? AND key < ? AND key != x'' AND accepted != '' ORDER BY key
 """
 TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
-
-
 BEYOND = "~"  # above every ballot
 
 
@@ -2356,7 +2350,7 @@ class Cluster:
     def _store_here(self, block: str, data: bytes) -> bool:
         try:
             self.node.blocks.put(block, data)
-        except OSError as problem:  # a full disk here is no reason to fail while others have room
+        except OSError as problem:  # a full disk here is no reason to fail: others have room
             LOG.warning("block %s cannot be stored here: %s", block, problem)
             return False
         return True
@@ -2389,9 +2383,8 @@ class Cluster:
             data = self._fetch_from(block, self._order(sorted(rest)))
         if data is None:
             raise S3Error("SlowDown", "A block of this object cannot be reached now.")
-        if any(contact == self.own for contact in self.holders(block)[: view.replicas]):
-            with contextlib.suppress(OSError):  # healing can wait until the disk has room
-                self.node.blocks.put(block, data)
+        if self.own in self.holders(block)[: view.replicas]:
+            self._store_here(block, data)
         return data
 
     def _fetch_from(self, block: str, contacts: list[Contact]) -> bytes | None:
@@ -2876,9 +2869,12 @@ class DistributedStore:
         segments: list[Any] = []
         for part in parts:
             value = values[part.key]
-            if "inline" in value:
+            if value.get("inline"):
                 data = base64.b64decode(value["inline"])
-                segments += self._store_small(data, pin) if data else []
+                block = block_hash(data)
+                pin([block])
+                self.cluster.store(block, data)
+                segments.append([len(data), block])
             segments += value.get("blocks", [])
         hashes = blocks_of({"blocks": segments})
         if len(hashes) > MAX_OBJECT_BLOCKS:
@@ -2886,12 +2882,6 @@ class DistributedStore:
         pin(hashes)
         self._keep(hashes)
         return {"blocks": segments} if segments else {"inline": ""}
-
-    def _store_small(self, data: bytes, pin: Pin) -> list[Any]:
-        block = block_hash(data)
-        pin([block])
-        self.cluster.store(block, data)
-        return [[len(data), block]]
 
     # --- Peers' requests ---
 
