@@ -902,8 +902,7 @@ class Blocks:
         self.bad.mkdir(parents=True, exist_ok=True)
         self._locks = [threading.Lock() for _ in range(64)]  # each guards 1/64 of the blocks' files
         self._count_lock = threading.Lock()  # guards count and total_bytes
-        self.count = 0
-        self.total_bytes = 0
+        self.count = self.total_bytes = 0
         for orphan in root.glob("*.tmp"):  # a write that was cut off
             orphan.unlink(missing_ok=True)
 
@@ -1266,6 +1265,9 @@ ON CONFLICT (bucket, key) DO UPDATE SET
     live = excluded.live, head = excluded.head, tail = excluded.tail,
     seq = excluded.seq, since = excluded.since
 """
+SLOT = """
+SELECT promised, accepted, chosen, head, tail FROM registers WHERE bucket = ? AND key = ?
+"""
 PAGE = """
 SELECT key, accepted, live, head, tail, chosen FROM registers
 WHERE bucket = ? AND key >= ? AND key < ? AND key != x'' AND accepted != '' ORDER BY key
@@ -1403,12 +1405,8 @@ class Registers:
 
     def slot(self, bucket: str, key: str, known: str = "") -> Slot:
         """What is known here of one register; its value, if it is not the one of `known`."""
-        query = (
-            "SELECT promised, accepted, chosen, head, tail FROM registers"
-            " WHERE bucket = ? AND key = ?"
-        )
         with self.lock:
-            rows = self._all(query, bucket, key.encode())
+            rows = self._all(SLOT, bucket, key.encode())
             if not rows:
                 return Slot(promised=self.floor(bucket))
         promised, accepted, chosen, head, tail = rows[0]
@@ -1633,9 +1631,8 @@ class Registers:
                 return False
             with self._transaction():
                 self.raise_floor(bucket, slot.promised)
-                self._db.execute(
-                    "DELETE FROM registers WHERE bucket = ? AND key = ?", (bucket, key.encode())
-                )
+                row = (bucket, key.encode())
+                self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
             self._bases.pop(bucket, None)
             return True
 
@@ -1710,8 +1707,8 @@ def weigh(groups: Groups, told: Mapping[int, Sequence[Any]]) -> Top:
     accepted = max(one[0] for one in told.values())
     with_it = {node: one for node, one in told.items() if one[0] == accepted}
     value = next((one[2] for one in with_it.values() if one[2] is not None), None)
-    settled = not accepted or any(one[1] for one in with_it.values())
-    return Top(accepted, value, settled or covers(groups, with_it, change_quorum))
+    sure = not accepted or any(one[1] for one in with_it.values())
+    return Top(accepted, value, sure or covers(groups, with_it, change_quorum))
 
 
 def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
@@ -2244,14 +2241,12 @@ class Cluster:
             for node, reply in self.tell(ask.name, plain, behind).items():
                 answers[node] = reply.json() or {"failed": True}
 
-    def share_views(
-        self, answers: Mapping[int, Message], asked: Iterable[Contact]
-    ) -> list[Contact]:
+    def share_views(self, answers: Mapping[int, Message], asked: Iterable[Contact]) -> Group:
         """Enter newer views that came back; tell ours to those that are behind. Returns these."""
         for answer in list(answers.values()):
             if "views" in answer:
                 self.adopt(answer["views"])
-        behind = [c for c in asked if "behind" in answers.get(c.node, ()) and c != self.own]
+        behind = tuple(c for c in asked if "behind" in answers.get(c.node, ()) and c != self.own)
         if behind:
             since = min(answers[contact.node]["behind"] for contact in behind)
             self.tell("views", {"views": self.node.registers.views_after(since)}, behind)
@@ -2490,8 +2485,7 @@ def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[byt
 
 def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
     """The body cut into pieces of BLOCK_BYTES, the last one shorter; b"" alone if it is empty."""
-    rest = b""
-    empty = True
+    rest, empty = b"", True
     for piece in body:
         empty = False
         data = rest + piece if rest else bytes(piece)
