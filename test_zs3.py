@@ -6562,12 +6562,12 @@ def test_merged_pages_are_the_live_keys_with_the_highest_ballot() -> None:
         groups = set()
         for key in live_keys:
             if key.startswith(prefix):
-                group = zs3_dist.common_prefix(key, prefix, delimiter)
+                group = zs3.common_prefix(key, prefix, delimiter)
                 if not group or group not in groups:
                     expected.append(key)
                 groups.add(group)
-        shown = [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in found]
-        assert shown == [zs3_dist.common_prefix(k, prefix, delimiter) or k for k in expected]
+        shown = [zs3.common_prefix(k, prefix, delimiter) or k for k in found]
+        assert shown == [zs3.common_prefix(k, prefix, delimiter) or k for k in expected]
 
 
 # --- Real processes ---
@@ -6787,10 +6787,10 @@ def test_a_list_does_not_show_what_a_get_may_then_not_find(deleted: bool) -> Non
         cluster.run(cluster.rounds.change("bucket", "key", lambda current, old=old: old))
         ballot = f"{1:08x}{500:012x}{'0' * 16}"
         for node in net.nodes.values():
-            assert "accepted" in node.registers.prepare(1, "bucket", "key", ballot, "")
+            assert "accepted" in node.registers.prepare("bucket", "key", ballot, "")
         new = {**(TOMBSTONE if deleted else value_of("new")), "id": "1" * 16, "base": ""}
         registers = net.nodes[third].registers
-        assert registers.accept(1, "bucket", "key", ballot, new, False, None) == {"done": True}
+        assert registers.accept("bucket", "key", ballot, new, False, None) == {"done": True}
         listed = [info.etag for info in store.scan("bucket", "", "", "")]
         net.down.add(third)
         value, _ = cluster.run(cluster.rounds.read("bucket", "key"))

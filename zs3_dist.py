@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import bisect
 import collections
 import contextlib
 import errno
@@ -53,7 +52,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -64,12 +62,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import zs3
-from zs3 import S3Error
+from zs3 import BucketInfo, Condition, ObjectInfo, S3Error
 
 try:
     from blake3 import blake3
@@ -156,20 +155,15 @@ def nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contac
 
 
 def bucket_index(own: int, other: int) -> int:
-    """Which k-bucket of `own` holds `other`: the highest bit in which they differ, 0 to ID_BITS -
-    1.
-
-    The ids must differ. (Kademlia, 2.2)
-    """
+    """Which k-bucket of `own` holds `other`: the highest bit in which they differ, below ID_BITS.
+    The ids must differ. (Kademlia, 2.2)"""
     return (own ^ other).bit_length() - 1
 
 
 class RoutingTable:
     """k-buckets of contacts, least recently seen first. Pure: the clock is an argument; no locks.
-
     Old contacts that still answer are kept and new ones wait, since a node that was up for long is
-    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)
-    """
+    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)"""
 
     def __init__(self, own: int) -> None:
         self.own = own
@@ -178,8 +172,7 @@ class RoutingTable:
         self.heard = [0.0] * ID_BITS
 
     def seen(self, contact: Contact, now: float) -> Contact | None:
-        """`contact` spoke to us. Returns the contact to ping before `contact` can have its
-        place."""
+        """`contact` spoke to us. Returns whom to ping before `contact` can have his place."""
         if contact.node == self.own:
             return None
         index = bucket_index(self.own, contact.node)
@@ -194,10 +187,8 @@ class RoutingTable:
         return next(iter(bucket.values()))
 
     def failed(self, contact: Contact) -> None:
-        """`contact` did not answer: the most recently seen waiting contact takes its place.
-
-        With nobody waiting it stays, so that a cut network cable does not empty the table.
-        """
+        """`contact` did not answer: the most recently seen waiting contact takes its place. With
+        nobody waiting it stays, so that a cut network cable does not empty the table."""
         if contact.node == self.own:
             return
         index = bucket_index(self.own, contact.node)
@@ -235,6 +226,7 @@ HASHES = re.compile(r"(?:[0-9a-f]{64})*")
 ADDRESS = re.compile(r"[0-9A-Za-z.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.%]{2,60}\]:[0-9]{1,5}")
 WRITE_ID = re.compile(r"[0-9a-f]{16}")
 BUCKET = re.compile(r"[a-z0-9.\-]{1,63}")
+CHECKSUM = re.compile(r".{0,200}")  # of a part, in base64
 MAX_COUNTER = 1 << 62
 MAX_KEY_BYTES = 1200  # S3's 1,024 and the prefix of an upload's parts
 
@@ -249,32 +241,21 @@ def need(condition: object, what: str) -> None:
         raise ValueError(f"bad {what}")
 
 
-def text_field(pattern: re.Pattern[str], empty: bool = False) -> Check:
-    """A check for text that matches `pattern` whole, or is "" where that is allowed."""
+def field_that(holds: Callable[[Any], object], what: str) -> Check:
+    """A check for what `holds`, which is taken as it is."""
 
-    def check(raw: Any) -> str:
-        need(isinstance(raw, str) and ((empty and not raw) or pattern.fullmatch(raw)), "text")
-        return cast(str, raw)
+    def check(raw: Any) -> Any:
+        need(holds(raw), what)
+        return raw
 
     return check
 
 
-def number_field(raw: Any) -> int:
-    """A counter: 0 to MAX_COUNTER."""
-    need(type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
-    return cast(int, raw)
-
-
-def flag_field(raw: Any) -> bool:
-    """true or false."""
-    need(isinstance(raw, bool), "flag")
-    return cast(bool, raw)
-
-
-def key_field(raw: Any) -> str:
-    """An object key, or a prefix or start of keys; "" is the bucket's own register."""
-    need(isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key")
-    return cast(str, raw)
+def text_field(pattern: re.Pattern[str], empty: bool = False) -> Check:
+    """A check for text that matches `pattern` whole, or is "" where that is allowed."""
+    return field_that(
+        lambda raw: isinstance(raw, str) and ((empty and not raw) or pattern.fullmatch(raw)), "text"
+    )
 
 
 def list_field(check: Check, limit: int = BATCH) -> Check:
@@ -302,6 +283,18 @@ def optional_field(check: Check) -> Check:
     return lambda raw: None if raw is None else check(raw)
 
 
+number_field = field_that(lambda raw: type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
+flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
+ballot_field = text_field(BALLOT)
+known_field = text_field(BALLOT, empty=True)
+hashes_field = list_field(text_field(HASH))
+bucket_field = text_field(BUCKET)
+# An object key, or a prefix or start of keys; "" is the bucket's own register.
+key_field = field_that(
+    lambda raw: isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key"
+)
+
+
 def contact_field(raw: Any) -> Contact:
     """[node id, address]."""
     node, address = tuple_field(text_field(NODE), text_field(ADDRESS))(raw)
@@ -316,112 +309,91 @@ def members_field(raw: Any) -> tuple[Contact, ...]:
     return tuple(sorted(contacts))
 
 
-def blocks_field(raw: Any) -> list[Any]:
+def blocks_field(raw: Any) -> Any:
     """[[bytes, hashes joined], ...]: in a segment, each block but the last has BLOCK_BYTES."""
     need(isinstance(raw, list) and len(raw) <= MAX_OBJECT_BLOCKS, "blocks")
     for size, hashes in map(tuple_field(number_field, text_field(HASHES)), raw):
         need(len(hashes) == 64 * -(-size // BLOCK_BYTES), "block count")
-    return cast(list[Any], raw)
+    return raw
 
 
-def info_field(raw: Any) -> Value:
+def info_field(raw: Any) -> Any:
     """ObjectInfo.record()."""
     need(isinstance(raw, dict), "record")
     try:
-        zs3.ObjectInfo.from_record("", raw)
+        ObjectInfo.from_record("", raw)
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError("bad record") from problem
-    return cast(Value, raw)
+    return raw
 
 
-def parts_field(raw: Any) -> list[Any]:
-    """[[bytes, checksum], ...]: ObjectInfo.parts."""
-    need(isinstance(raw, list) and len(raw) <= zs3.MAX_PART_NUMBER, "parts")
-    for size, checksum in map(tuple_field(number_field, key_field), raw):
-        need(size >= 0 and len(checksum) <= 200, "part")
-    return cast("list[Any]", raw)
-
-
-def inline_field(raw: Any) -> str:
-    """Base64 of at most INLINE_BYTES."""
-    need(
-        isinstance(raw, str) and len(base64.b64decode(raw, validate=True)) <= INLINE_BYTES, "inline"
-    )
-    return cast(str, raw)
-
-
-def bucket_field(raw: Any) -> Value:
+def bucket_record_field(raw: Any) -> Any:
     """{"created": seconds, "state": "open" or "deleting"}."""
     need(isinstance(raw, dict) and set(raw) == {"created", "state"}, "bucket record")
     need(isinstance(raw["created"], (int, float)) and raw["state"] in ("open", "deleting"), "state")
-    return cast(Value, raw)
+    return raw
 
 
-def view_json_field(raw: Any) -> Value:
+def view_field(raw: Any) -> Any:
     """View.as_json()."""
     View.from_json(raw)
-    return cast(Value, raw)
+    return raw
 
 
 VALUE_FIELDS: dict[str, Check] = {
     "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
-    "base": text_field(BALLOT, empty=True),  # where what it replaced had been accepted
+    "base": known_field,  # where what it replaced had been accepted
     "info": info_field,  # an object: ObjectInfo.record()
-    "parts": parts_field,  # ObjectInfo.parts, which a listing does not show
+    "parts": list_field(  # ObjectInfo.parts, which a listing does not show: size and checksum
+        tuple_field(number_field, text_field(CHECKSUM)), zs3.MAX_PART_NUMBER
+    ),
     "blocks": blocks_field,
-    "inline": inline_field,  # its bytes, when they are few
-    "bucket": bucket_field,  # a bucket
-    "view": view_json_field,  # the members of the next view
+    "inline": field_that(  # its bytes in base64, when they are few
+        lambda raw: isinstance(raw, str)
+        and len(base64.b64decode(raw, validate=True)) <= INLINE_BYTES, "inline",
+    ),
+    "bucket": bucket_record_field,  # a bucket
+    "view": view_field,  # the members of the next view
 }
 
 
-def value_field(raw: Any) -> Value:
+def value_field(raw: Any) -> Any:
     """A register's value: {"id"} and, unless it is a tombstone, an object, a bucket or a view."""
     need(isinstance(raw, dict) and "id" in raw and set(raw) <= set(VALUE_FIELDS), "value")
     for name, one in raw.items():
         VALUE_FIELDS[name](one)
-    return cast(Value, raw)
+    return raw
 
 
 EPOCH: dict[str, Check] = {"epoch": number_field}
-PLACE: dict[str, Check] = {**EPOCH, "bucket": text_field(BUCKET), "key": key_field}
+PLACE: dict[str, Check] = {**EPOCH, "bucket": bucket_field, "key": key_field}
 MESSAGES: dict[str, dict[str, Check]] = {
     # message: its fields, each with its check. A field more or less is refused.
     "hello": EPOCH,
-    "views": {"views": list_field(view_json_field)},
+    "views": {"views": list_field(view_field)},
     "find": {"target": text_field(NODE)},
     "find_providers": {"hash": text_field(HASH)},
-    "provide": {"hashes": list_field(text_field(HASH))},
-    "prepare": {**PLACE, "ballot": text_field(BALLOT), "known": text_field(BALLOT, empty=True)},
+    "provide": {"hashes": hashes_field},
+    "prepare": {**PLACE, "ballot": ballot_field, "known": known_field},
     "accept": {
-        **PLACE,
-        "ballot": text_field(BALLOT),
-        "value": value_field,
+        **PLACE, "ballot": ballot_field, "value": value_field,
         "chosen": flag_field,  # true: with this acceptance it is
-        "basis": optional_field(tuple_field(text_field(BALLOT), flag_field, value_field)),
+        "basis": optional_field(tuple_field(ballot_field, flag_field, value_field)),
     },
-    "learn": {**PLACE, "ballot": text_field(BALLOT)},
-    "read": {**PLACE, "known": text_field(BALLOT, empty=True)},
+    "learn": {**PLACE, "ballot": ballot_field},
+    "read": {**PLACE, "known": known_field},
     "page": {
-        **EPOCH,
-        "bucket": text_field(BUCKET),
-        "prefix": key_field,
-        "start": key_field,
-        "delimiter": key_field,
+        **EPOCH, "bucket": bucket_field,
+        "prefix": key_field, "start": key_field, "delimiter": key_field,
         "whole": flag_field,  # true: with the blocks, not only what a listing shows
-        "mark": text_field(
-            WRITE_ID, empty=True
-        ),  # only if the bucket's record is the one of that id
+        "mark": text_field(WRITE_ID, empty=True),  # only if that wrote the bucket's record
     },
     "buckets": EPOCH,
     "changes": {**EPOCH, "since": number_field},
-    "values": {**EPOCH, "places": list_field(tuple_field(text_field(BUCKET), key_field))},
-    "buried": {
-        **EPOCH,
-        "graves": list_field(tuple_field(text_field(BUCKET), key_field, text_field(BALLOT))),
-    },
-    "used": {"hashes": list_field(text_field(HASH))},
-    "have": {"hashes": list_field(text_field(HASH)), "touch": flag_field},
+    "values": {**EPOCH, "places": list_field(tuple_field(bucket_field, key_field))},
+    "buried": {**EPOCH, "graves": list_field(tuple_field(bucket_field, key_field, ballot_field))},
+    "used": {"hashes": hashes_field},
+    "have": {"hashes": hashes_field, "touch": flag_field},
 }
 
 
@@ -471,37 +443,26 @@ class Question(NamedTuple):
 
 
 class Seal:
-    """Signs requests to peers and checks theirs: SigV4 under the cluster key.
-
-    The date of a peer's request is not compared with the clock, since a node whose clock is a day
-    off is still a member. What would be gained from the window is had otherwise: the receiver's id
-    is signed, so a request cannot be replayed to another node, and to replay one to the same node
-    changes nothing that a delayed duplicate could not (ballots order everything). Answers carry a
-    proof too.
-    """
+    """Signs requests to peers and checks theirs: SigV4 under the cluster key. The date of a peer's
+    request is not compared with the clock, since a node whose clock is a day off is still a member.
+    What would be gained from the window is had otherwise: the receiver's id is signed, so a request
+    cannot be replayed to another node, and to replay one to the same node changes nothing that a
+    delayed duplicate could not (ballots order everything). Answers carry a proof too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
-        self.secret = hashlib.sha256(b"zs3 cluster\0" + secret.encode()).hexdigest()
+        self.secret = zs3.sha256_hex(b"zs3 cluster\0" + secret.encode())
         self._key = bytes.fromhex(self.secret)
         self._from = " ".join(own.as_json())
 
     def request(self, question: Question) -> tuple[bytes, str]:
         """Head of the HTTP request, and the signature that the answer must prove to have seen."""
-        path = "/_zs3/" + question.path
-        digest = "UNSIGNED-PAYLOAD" if question.raw else hashlib.sha256(question.body).hexdigest()
+        to, path = question.to, "/_zs3/" + question.path
         headers = zs3.sign_headers(
-            "POST",
-            path,
-            "",
-            {
-                "host": question.to.address,
-                "x-zs3-from": self._from,
-                "x-zs3-to": node_hex(question.to.node),
-            },
-            digest,
-            (CLUSTER_ACCESS, self.secret),
-            time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+            "POST", path, "",
+            {"host": to.address, "x-zs3-from": self._from, "x-zs3-to": node_hex(to.node)},
+            "UNSIGNED-PAYLOAD" if question.raw else zs3.sha256_hex(question.body),
+            (CLUSTER_ACCESS, self.secret), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
         )
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         lines.append(f"content-length: {len(question.body)}\r\n\r\n")
@@ -517,11 +478,13 @@ class Seal:
             raise S3Error("AccessDenied", "This request was meant for another node.")
         return contact_field(request.header("x-zs3-from").split(" ")), auth.signature
 
+    def mark(self, data: bytes) -> bytes:
+        """32 bytes that only a holder of the cluster key can say of `data`."""
+        return hmac.digest(self._key, data, "sha256")
+
     def proof(self, signature: str, status: int, body: bytes) -> str:
         """What only a holder of the cluster key can say about this answer to that request."""
-        return hmac.digest(
-            self._key, b"%s %d %s" % (signature.encode(), status, body), "sha256"
-        ).hex()
+        return self.mark(b"%s %d %s" % (signature.encode(), status, body)).hex()
 
 
 class Link:
@@ -551,10 +514,8 @@ class Link:
         return select.POLLIN | (select.POLLOUT if self.outgoing else 0)
 
     def pump(self) -> Reply | None:
-        """Send and receive what can be without waiting. The answer, once it is whole.
-
-        OSError when the connection is of no use any more.
-        """
+        """Send and receive what can be without waiting. The answer, once it is whole. OSError when
+        the connection is of no use any more."""
         while self.outgoing:
             try:
                 sent = self.socket.sendmsg(self.outgoing)
@@ -593,8 +554,7 @@ REPLY_PROOF = re.compile(rb"\r\nx-zs3-proof: *([0-9a-f]{64})\r\n", re.IGNORECASE
 
 
 def parse_reply(data: bytearray) -> Reply | None:
-    """The HTTP answer in `data` (ours always have a Content-Length), or None while it is not
-    whole."""
+    """The HTTP answer in `data`, which has a Content-Length; None while it is not whole."""
     end = data.find(b"\r\n\r\n", 0, 65536)
     if end < 0:
         return None
@@ -610,17 +570,13 @@ def parse_reply(data: bytearray) -> Reply | None:
 
 
 class Call:
-    """One question on its way over one link."""
+    """One question on its way over one link. A link may have many calls, one after the other."""
 
-    def __init__(self, question: Question, link: Link, seal: Seal) -> None:
-        self.question, self.link, self.seal = question, link, seal
-        self.head, self.signature = seal.request(question)
-        link.begin(self.head, question.body)
-
-    def again(self, link: Link) -> None:
-        """Send it once more: the kept-alive connection had been closed. Messages are idempotent."""
-        self.link = link
-        link.begin(self.head, self.question.body)
+    def __init__(self, question: Question, link: Link, seal: Seal, deadline: float) -> None:
+        self.question, self.link, self.seal, self.deadline = question, link, seal, deadline
+        self.to = question.to
+        head, self.signature = seal.request(question)
+        link.begin(head, question.body)
 
     def good(self, reply: Reply) -> bool:
         """Did the answer come from a holder of the cluster key? A block proves itself."""
@@ -634,17 +590,15 @@ Enough = Callable[[Mapping[int, Reply]], bool]
 
 
 class Peers:
-    """Asks peers in parallel over kept-alive connections, from the calling thread.
-
-    A peer that does not answer in time is asked last for SKIP_SECONDS, unless it is heard from.
-    """
+    """Asks peers in parallel over kept-alive connections, from the calling thread. A peer that does
+    not answer in time is asked last for SKIP_SECONDS, unless it is heard from."""
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
         self._lock = threading.Lock()  # guards _idle, _skipped, _late
         self._idle: dict[str, list[Link]] = {}
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
-        self._late: list[tuple[float, Call]] = []
+        self._late: set[Call] = set()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
         self.closed = False
@@ -661,20 +615,14 @@ class Peers:
                 self._skipped.pop(node, None)
 
     def ask(
-        self,
-        questions: Sequence[Question],
-        enough: Enough,
-        first: int,
-        seconds: float,
+        self, questions: Sequence[Question], enough: Enough, first: int, seconds: float,
         linger: float = 0,
     ) -> dict[int, Reply]:
         """Answers by node id; those that failed have status 0, those not waited for are missing.
-
         `first` questions are asked at once, one more for each that fails or takes HEDGE_SECONDS. It
         ends when `enough` says so (and `linger` seconds later for the rest), or all answered or
-        timed out.
-        """
-        return Exchange(self, questions, enough, first, seconds, linger).run()
+        timed out."""
+        return Exchange(self, questions, seconds).run(enough, first, linger)
 
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
@@ -698,12 +646,13 @@ class Peers:
         with self._lock:
             self._skipped[node] = time.monotonic() + SKIP_SECONDS
 
-    def later(self, deadline: float, calls: Iterable[Call]) -> None:
+    def later(self, calls: Collection[Call]) -> None:
         """Hand over calls whose answers nobody waits for, so that their connections live on."""
-        with self._lock:
-            self._late += [(deadline, call) for call in calls]
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
-            self._wake_write.send(b"x")
+        if calls:
+            with self._lock:
+                self._late.update(calls)
+            with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
+                self._wake_write.send(b"x")
 
     def _collect_late(self) -> None:
         while not self.closed:
@@ -711,31 +660,31 @@ class Peers:
             poller.register(self._wake_read, select.POLLIN)
             with self._lock:
                 late = list(self._late)
-            for _, call in late:
+            for call in late:
                 poller.register(call.link.socket, call.link.events())
             ready = {fd for fd, _ in poller.poll(250 if late else 2000)}
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
-            done = {id(call) for deadline, call in late if self._finished(deadline, call, ready)}
+            over = {call for call in late if self._finished(call, ready)}
             with self._lock:
-                self._late = [item for item in self._late if id(item[1]) not in done]
+                self._late -= over
 
-    def _finished(self, deadline: float, call: Call, ready: Collection[int]) -> bool:
+    def _finished(self, call: Call, ready: Collection[int]) -> bool:
         """Move one late call on; True when it is over."""
         try:
             if call.link.socket.fileno() in ready:
                 if call.link.pump() is None:
                     return False
-                self.give(call.question.to.address, call.link)
-                self.heard(call.question.to.node)
+                self.give(call.to.address, call.link)
+                self.heard(call.to.node)
                 return True
         except OSError:
             call.link.close()  # the peer went away; whoever needs it next will notice
             return True
-        if time.monotonic() < deadline:
+        if time.monotonic() < call.deadline:
             return False
         call.link.close()
-        self.fail(call.question.to.node)
+        self.fail(call.to.node)
         return True
 
     def close(self) -> None:
@@ -752,48 +701,37 @@ class Peers:
 class Exchange:
     """One `Peers.ask`: questions on their way and the answers so far."""
 
-    def __init__(
-        self,
-        peers: Peers,
-        questions: Sequence[Question],
-        enough: Enough,
-        first: int,
-        seconds: float,
-        linger: float,
-    ) -> None:
-        self.peers, self.enough, self.first, self.linger = peers, enough, first, linger
-        self.queue = collections.deque(questions)
+    def __init__(self, peers: Peers, questions: Sequence[Question], seconds: float) -> None:
+        self.peers, self.queue = peers, collections.deque(questions)
         self.deadline = time.monotonic() + seconds
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
         self.hedge = time.monotonic() + self.patience
-        self.calls: dict[int, Call] = {}  # file descriptor -> call
+        self.calls: dict[int, Call] = {}  # by file descriptor
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
 
-    def run(self) -> dict[int, Reply]:
-        """Ask until enough is known."""
-        for _ in range(min(self.first, len(self.queue))):
+    def run(self, enough: Enough, first: int, linger: float) -> dict[int, Reply]:
+        """See `Peers.ask`."""
+        for _ in range(min(first, len(self.queue))):
             self._start()
-        while (self.calls or self.queue) and not self.enough(self.answers):
+        while (self.calls or self.queue) and not enough(self.answers):
             self._step(self.deadline)
-        stop = min(self.deadline, time.monotonic() + self.linger)
-        while self.linger and self.calls and time.monotonic() < stop:
+        stop = min(self.deadline, time.monotonic() + linger)
+        while linger and self.calls and time.monotonic() < stop:
             self._step(stop)
-        self._leave()
+        self._leave(linger)
         return self.answers
 
-    def _leave(self) -> None:
+    def _leave(self, linger: float) -> None:
+        """Give up calls that could not even be sent; the others may be answered late."""
+        sent = [call for call in self.calls.values() if not call.link.outgoing]
         unsent = [call for call in self.calls.values() if call.link.outgoing]
         for call in unsent:
             call.link.close()
-            self.peers.fail(call.question.to.node)
-        sent = [call for call in self.calls.values() if not call.link.outgoing]
-        if sent:
-            self.peers.later(self.deadline, sent)
-        if self.linger:
-            for call in sent:
-                self.peers.fail(call.question.to.node)
+        for call in self.calls.values() if linger else unsent:
+            self.peers.fail(call.to.node)
+        self.peers.later(sent)
 
     def _step(self, stop: float) -> None:
         now = time.monotonic()
@@ -807,72 +745,70 @@ class Exchange:
         until = min(stop, self.hedge) if self.queue else stop
         for fd, _ in self.poller.poll(max(1.0, (until - now) * 1000) if self.calls else 0):
             if fd in self.calls:
-                self._pump(fd)
+                self._pump(self.calls[fd])
 
     def _start(self) -> None:
+        """Ask the next in the queue."""
         if not self.queue:
             return
         question = self.queue.popleft()
         self.hedge = time.monotonic() + self.patience
         try:
-            call = Call(question, self.peers.take(question.to.address), self.peers.seal)
+            link = self.peers.take(question.to.address)
         except OSError:
             self.answers[question.to.node] = Reply(0)
             self.peers.fail(question.to.node)
             return self._start()
-        self._watch(call)
+        self._send(question, link)
 
-    def _watch(self, call: Call) -> None:
-        fd = call.link.socket.fileno()
-        self.calls[fd] = call
-        self.poller.register(fd, call.link.events())
-        self._pump(fd)
+    def _send(self, question: Question, link: Link) -> None:
+        call = Call(question, link, self.peers.seal, self.deadline)
+        self.calls[link.socket.fileno()] = call
+        self.poller.register(link.socket, link.events())
+        self._pump(call)
 
-    def _pump(self, fd: int) -> None:
-        call = self.calls[fd]
+    def _pump(self, call: Call) -> None:
         try:
             reply = call.link.pump()
         except OSError:
             return self._broken(call)
         if reply is None:
-            self.poller.modify(fd, call.link.events())
+            self.poller.modify(call.link.socket, call.link.events())
             return
         self._drop(call)
-        self.peers.give(call.question.to.address, call.link)
+        self.peers.give(call.to.address, call.link)
         if not call.good(reply):
             reply = Reply(0)
-        self.answers[call.question.to.node] = reply
+        self.answers[call.to.node] = reply
         if reply.status:
-            self.peers.heard(call.question.to.node)
+            self.peers.heard(call.to.node)
         if reply.status != 200:
             self._start()
 
     def _broken(self, call: Call) -> None:
-        """The connection broke: if it was a kept-alive one, try a new one, else there is no
-        answer."""
+        """Ask again over a new connection if a kept-alive one broke: messages are idempotent."""
         if call.link.fresh:
             return self._fail(call)
         self._drop(call)
         call.link.close()
         try:
-            call.again(Link(call.question.to.address))
+            link = Link(call.to.address)
         except OSError:
-            self.answers[call.question.to.node] = Reply(0)
+            self.answers[call.to.node] = Reply(0)
             return
-        self._watch(call)
+        self._send(call.question, link)
 
     def _fail(self, call: Call) -> None:
         self._drop(call)
         call.link.close()
-        self.answers[call.question.to.node] = Reply(0)
-        self.peers.fail(call.question.to.node)
+        self.answers[call.to.node] = Reply(0)
+        self.peers.fail(call.to.node)
         if time.monotonic() < self.deadline:
             self._start()
 
     def _drop(self, call: Call) -> None:
-        fd = call.link.socket.fileno()
-        del self.calls[fd]
-        self.poller.unregister(fd)
+        del self.calls[call.link.socket.fileno()]
+        self.poller.unregister(call.link.socket)
 
 
 # ===== 5 Lookups and providers =====
@@ -883,12 +819,10 @@ Lookup = Generator[list[Contact], Mapping[int, "list[Contact] | None"], list[Con
 def lookup(
     target: int, start: Iterable[Contact], own: int, count: int = CONTACTS_PER_BUCKET
 ) -> Lookup:
-    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3)
-
-    A generator: yields the contacts to ask in a round, is sent {node: contacts it knows, None if it
-    did not answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought
-    nobody nearer, all of the nearest that were not asked yet.
-    """
+    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3) A generator:
+    yields the contacts to ask in a round, is sent {node: contacts it knows, None if it did not
+    answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought nobody
+    nearer, all of the nearest that were not asked yet."""
     known = {contact.node: contact for contact in start if contact.node != own}
     asked: set[int] = set()
     width = LOOKUP_WIDTH
@@ -915,16 +849,14 @@ class Providers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _records
-        self._records: collections.OrderedDict[tuple[str, int], tuple[Contact, float]] = (
-            collections.OrderedDict()
-        )
+        self._records: dict[tuple[str, int], tuple[Contact, float]] = {}  # oldest first
         self._holders: dict[str, set[int]] = {}
 
     def add(self, block: str, holder: Contact, now: float) -> None:
         """`holder` announced `block`."""
         with self._lock:
+            self._records.pop((block, holder.node), None)
             self._records[block, holder.node] = (holder, now)
-            self._records.move_to_end((block, holder.node))
             self._holders.setdefault(block, set()).add(holder.node)
             if len(self._records) > MAX_PROVIDERS:
                 self._forget(next(iter(self._records)))
@@ -938,11 +870,8 @@ class Providers:
     def expire(self, now: float) -> int:
         """Forget what is older than PROVIDER_SECONDS. Returns how many records that were."""
         with self._lock:
-            old = []
-            for place, (_, since) in self._records.items():
-                if now - since < PROVIDER_SECONDS:
-                    break
-                old.append(place)
+            records = self._records.items()
+            old = [place for place, (_, since) in records if now - since >= PROVIDER_SECONDS]
             for place in old:
                 self._forget(place)
         return len(old)
@@ -964,23 +893,16 @@ def block_hash(data: bytes | bytearray | memoryview) -> str:
 
 
 class Blocks:
-    """Blocks on this node's disk, each in a file named by its hash. One rename makes a block
-    visible.
-
-    A block's touch time is its file's mtime: garbage collection leaves alone what was touched
-    lately.
-    """
+    """Blocks on this node's disk, each in a file named by its hash, made visible by one rename. The
+    file's mtime is when it was last touched: garbage collection leaves alone what was lately."""
 
     def __init__(self, root: Path, fsync: bool = False) -> None:
         self.root, self.fsync = root, fsync
         self.bad = root / "bad"
         self.bad.mkdir(parents=True, exist_ok=True)
-        self._locks = [
-            threading.Lock() for _ in range(64)
-        ]  # each guards the existence of 1/64 of the blocks
+        self._locks = [threading.Lock() for _ in range(64)]  # each guards 1/64 of the blocks' files
         self._count_lock = threading.Lock()  # guards count and total_bytes
-        self.count = 0
-        self.total_bytes = 0
+        self.count = self.total_bytes = 0
         for orphan in root.glob("*.tmp"):  # a write that was cut off
             orphan.unlink(missing_ok=True)
 
@@ -997,8 +919,7 @@ class Blocks:
             self.total_bytes += size
 
     def put(self, block: str, data: bytes | bytearray) -> None:
-        """Store `data`, whose hash the caller has computed. Stored already: it is touched. OSError:
-        disk."""
+        """Store `data`, whose hash the caller has computed; what is there is touched. OSError."""
         path = self.path(block)
         if self.touch(block):
             with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
@@ -1070,10 +991,8 @@ class Blocks:
 
     def remove(self, block: str, touched: float) -> int:
         """Remove the block unless something touched it since `touched`. Returns the bytes freed.
-
         The last look and the unlink are under the hash's lock, as is the touch in `put`: a PUT that
-        met the block either touched it before, and it stays, or finds it gone, and writes it.
-        """
+        met the block either touched it before, and it stays, or finds it gone, and writes it."""
         path = self.path(block)
         with self._lock(block):
             try:
@@ -1086,16 +1005,12 @@ class Blocks:
         self._counted(-1, -status.st_size)
         return status.st_size
 
-    def walk(self, after: str = "") -> Iterator[tuple[str, int]]:
-        """(hash, bytes) of every block whose name is greater than `after`, sorted."""
-        for folder in sorted(self.root.iterdir()):
-            if len(folder.name) != 2 or folder.name < after[:2]:
-                continue
-            with os.scandir(folder) as entries:
-                names = sorted(e.name[:64] for e in entries if e.name.endswith(".blob"))
-            for block in names[bisect.bisect_right(names, after) :]:
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(hash, bytes) of every block, sorted."""
+        for folder in sorted(path for path in self.root.iterdir() if len(path.name) == 2):
+            for name in sorted(name for name in os.listdir(folder) if name.endswith(".blob")):
                 with contextlib.suppress(FileNotFoundError):  # removed while we walk
-                    yield block, self.path(block).stat().st_size
+                    yield name[:64], (folder / name).stat().st_size
 
     def recount(self) -> None:
         """Set the counts from what is on the disk."""
@@ -1116,8 +1031,8 @@ def sync_folder(folder: Path) -> None:
 
 
 class Pins:
-    """Blocks that an operation on this node is using, so that nobody collects them: a PUT whose
-    record is not written yet, a copy, a GET that is still sending."""
+    """Blocks in use here, so that nobody collects them: by a PUT whose record is not written yet, a
+    copy, a GET that is still sending."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _counts
@@ -1192,6 +1107,11 @@ def read_quorum(owners: int) -> int:
     return owners - change_quorum(owners) + 1
 
 
+def everyone(groups: Groups) -> list[Contact]:
+    """All that are in some group, each once."""
+    return list(dict.fromkeys(contact for group in groups for contact in group))
+
+
 def covers(groups: Groups, nodes: Collection[int], quorum: Callable[[int], int]) -> bool:
     """Do `nodes` have a quorum in each of the groups?"""
     return all(sum(c.node in nodes for c in group) >= quorum(len(group)) for group in groups)
@@ -1206,7 +1126,7 @@ class View:
     replicas: int  # owners of a bucket and holders of a block
     members: Group
     previous: Group = ()
-    _groups: dict[str, Groups] = field(default_factory=dict, compare=False, repr=False)
+    _groups: dict[str, Groups] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def groups(self, bucket: str) -> Groups:
         """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
@@ -1214,10 +1134,8 @@ class View:
         if bucket not in self._groups:
             target = target_of(bucket.encode())
             count = MAX_MEMBERS if bucket == VIEWS else self.replicas
-            chosen = [
-                nearest(nodes, target, count) for nodes in (self.members, self.previous) if nodes
-            ]
-            self._groups[bucket] = tuple(map(tuple, chosen))
+            both = filter(None, (self.members, self.previous))
+            self._groups[bucket] = tuple(tuple(nearest(nodes, target, count)) for nodes in both)
         return self._groups[bucket]
 
     def owns(self, node: int, bucket: str) -> bool:
@@ -1226,7 +1144,7 @@ class View:
 
     def asks(self, node: int, bucket: str) -> bool:
         """Is `node` an owner of `bucket`, or while owners change, was it?"""
-        return any(contact.node == node for group in self.groups(bucket) for contact in group)
+        return any(contact.node == node for contact in everyone(self.groups(bucket)))
 
     def member(self, node: int) -> Contact | None:
         """The member of that id."""
@@ -1242,22 +1160,12 @@ class View:
         after = tuple(sorted(members))
         same = {contact.node for contact in after} == {contact.node for contact in self.members}
         previous = self.previous if same or self.previous else self.members
-        return View(self.cluster, self.epoch + 1, self.replicas, after, previous)
-
-    def alone(self) -> View:
-        """The same without the previous owners, of whom the operator says that they are gone."""
-        return View(self.cluster, self.epoch, self.replicas, self.members)
-
-    def settled(self) -> View:
-        """The view that ends this joint one."""
-        return View(self.cluster, self.epoch + 1, self.replicas, self.members)
+        return replace(self, epoch=self.epoch + 1, members=after, previous=previous)
 
     def as_json(self) -> Value:
         """As on the wire and on disk."""
         return {
-            "cluster": self.cluster,
-            "epoch": self.epoch,
-            "replicas": self.replicas,
+            "cluster": self.cluster, "epoch": self.epoch, "replicas": self.replicas,
             "members": [contact.as_json() for contact in self.members],
             "previous": [contact.as_json() for contact in self.previous],
         }
@@ -1269,17 +1177,13 @@ class View:
         need(isinstance(raw, dict) and set(raw) == names, "view")
         need(1 <= number_field(raw["replicas"]) <= CONTACTS_PER_BUCKET, "replicas")
         return cls(
-            text_field(WRITE_ID)(raw["cluster"]),
-            number_field(raw["epoch"]),
-            raw["replicas"],
-            members_field(raw["members"]),
-            members_field(raw["previous"]),
+            text_field(WRITE_ID)(raw["cluster"]), number_field(raw["epoch"]), raw["replicas"],
+            members_field(raw["members"]), members_field(raw["previous"]),
         )
 
 
 class Ballots:
-    """Makes ballots that nobody else makes: a Lamport counter and a name drawn when the process
-    started."""
+    """Makes ballots that nobody else makes, of a Lamport counter and a name drawn at start."""
 
     def __init__(self, node: int) -> None:
         self._lock = threading.Lock()  # guards _counter
@@ -1323,6 +1227,9 @@ def blocks_of(value: Value | None) -> list[str]:
     return [joined[i : i + 64] for _, joined in segments for i in range(0, len(joined), 64)]
 
 
+Grave = tuple[str, str, str]  # bucket, key and ballot of a tombstone
+
+
 class Slot(NamedTuple):
     """What one owner knows of one register."""
 
@@ -1358,9 +1265,14 @@ ON CONFLICT (bucket, key) DO UPDATE SET
     live = excluded.live, head = excluded.head, tail = excluded.tail,
     seq = excluded.seq, since = excluded.since
 """
+SLOT = """
+SELECT promised, accepted, chosen, head, tail FROM registers WHERE bucket = ? AND key = ?
+"""
+PAGE = """
+SELECT key, accepted, live, head, tail, chosen FROM registers
+WHERE bucket = ? AND key >= ? AND key < ? AND key != x'' AND accepted != '' ORDER BY key
+"""
 TAIL = ("parts", "blocks", "inline")  # fields of a value that a listing does not need
-
-
 BEYOND = "~"  # above every ballot
 
 
@@ -1368,27 +1280,28 @@ class StaleView(Exception):
     """The view changed under something that was only meant for the old one."""
 
 
+def of_disk(method: Callable[..., sqlite3.Cursor]) -> Callable[..., sqlite3.Cursor]:
+    """`method`, whose disk errors are OSError, as for any other file."""
+
+    def run(*query: Any) -> sqlite3.Cursor:
+        try:
+            return method(*query)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+
+    return run
+
+
 class Database(sqlite3.Connection):
-    """SQLite whose disk errors are those of the disk: OSError, as for any other file."""
+    """SQLite whose disk errors are those of the disk."""
 
-    def execute(self, *query: Any) -> sqlite3.Cursor:
-        """See sqlite3.Connection."""
-        try:
-            return super().execute(*query)
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"registers: {error}") from error
-
-    def executemany(self, *query: Any) -> sqlite3.Cursor:
-        """See sqlite3.Connection."""
-        try:
-            return super().executemany(*query)
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"registers: {error}") from error
+    execute = of_disk(sqlite3.Connection.execute)
+    executemany = of_disk(sqlite3.Connection.executemany)
 
 
 class Registers:
-    """The registers on this node's disk, and its view. Every method is atomic and durable when it
-    returns."""
+    """The registers on this node's disk, and its view. Each method is atomic and durable. Those
+    named like messages are for `Node.answer`, which lets no other view in meanwhile."""
 
     def __init__(self, own: int, path: str, fsync: bool = False) -> None:
         self.own = own
@@ -1412,14 +1325,18 @@ class Registers:
             "SELECT COUNT(*) FROM registers WHERE live = 1 AND key != x'' AND bucket NOT LIKE '.%'"
         )
 
-    def _one(self, query: str, *values: object) -> Any:
-        row = self._db.execute(query, values).fetchone()
-        return row[0] if row else None
-
-    def meta(self, name: str) -> str | None:
-        """A setting kept beside the registers."""
+    def _all(self, query: str, *values: object) -> list[Any]:
         with self.lock:
-            return cast("str | None", self._one("SELECT value FROM meta WHERE name = ?", name))
+            return self._db.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: object) -> Any:
+        """The first value of the first row, or None."""
+        rows = self._all(query, *values)
+        return rows[0][0] if rows else None
+
+    def meta(self, name: str) -> str:
+        """A setting kept beside the registers; "" when there is none."""
+        return self._one("SELECT value FROM meta WHERE name = ?", name) or ""
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a setting."""
@@ -1428,11 +1345,9 @@ class Registers:
 
     def adopt(self, views: Iterable[View]) -> bool:
         """Enter those of `views`, oldest first, that follow ours one by one. True if there was one.
-
         None is left out: with each that ends a change of owners, the registers that this node does
         not own any more are dropped. It might own them again later, when their tombstones are long
-        forgotten. ValueError when they are another cluster's.
-        """
+        forgotten. ValueError when they are another cluster's."""
         entered = False
         with self.lock:
             for view in views:
@@ -1444,22 +1359,15 @@ class Registers:
 
     def _enter(self, view: View) -> None:
         with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO views VALUES (?, ?)",
-                (view.epoch, json.dumps(view.as_json())),
-            )
+            row = (view.epoch, json.dumps(view.as_json()))
+            self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
             if not view.previous:
-                for bucket in self._buckets():
+                for (bucket,) in self._all("SELECT DISTINCT bucket FROM registers"):
                     if not view.owns(self.own, bucket):
                         self._drop_bucket(bucket)
         self.view = view
         if not view.previous:
             self._count()
-
-    def _buckets(self) -> list[str]:
-        return [
-            row[0] for row in self._db.execute("SELECT DISTINCT bucket FROM registers").fetchall()
-        ]
 
     def _drop_bucket(self, bucket: str) -> None:
         for table in ("registers", "refs", "floors"):
@@ -1473,20 +1381,15 @@ class Registers:
             with self._transaction():
                 for table in ("registers", "refs", "floors", "meta", "views"):
                     self._db.execute(f"DELETE FROM {table}")
-                self._db.executemany(
-                    "INSERT INTO views VALUES (?, ?)",
-                    ((view.epoch, json.dumps(view.as_json())) for view in views),
-                )
+                rows = ((view.epoch, json.dumps(view.as_json())) for view in views)
+                self._db.executemany("INSERT INTO views VALUES (?, ?)", rows)
             self._bases.clear()
             self.view, self.objects, self.synced = views[-1], 0, 0
 
     def views_after(self, epoch: int) -> list[Value]:
         """The views after `epoch`, oldest first."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?", (epoch, BATCH)
-            ).fetchall()
-        return [json.loads(row[0]) for row in rows]
+        query = "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?"
+        return [json.loads(view) for (view,) in self._all(query, epoch, BATCH)]
 
     def set_synced(self, epoch: int) -> None:
         """All that previous owners knew before `epoch` has been pulled."""
@@ -1501,17 +1404,12 @@ class Registers:
         return {"views": self.views_after(epoch)} if epoch < self.view.epoch else None
 
     def slot(self, bucket: str, key: str, known: str = "") -> Slot:
-        """What is known here of one register; without the value if it is the one accepted at
-        `known`."""
+        """What is known here of one register; its value, if it is not the one of `known`."""
         with self.lock:
-            row = self._db.execute(
-                "SELECT promised, accepted, chosen, head, tail FROM registers"
-                " WHERE bucket = ? AND key = ?",
-                (bucket, key.encode()),
-            ).fetchone()
-            if row is None:
+            rows = self._all(SLOT, bucket, key.encode())
+            if not rows:
                 return Slot(promised=self.floor(bucket))
-        promised, accepted, chosen, head, tail = row
+        promised, accepted, chosen, head, tail = rows[0]
         value = None
         if head and accepted != known:
             value = json.loads(head)
@@ -1520,13 +1418,11 @@ class Registers:
 
     def floor(self, bucket: str) -> str:
         """What keys of `bucket` that have no row promised: tombstones up to there were dropped."""
-        with self.lock:
-            return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
+        return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
 
     def floors(self) -> dict[str, str]:
         """All floors."""
-        with self.lock:
-            return dict(self._db.execute("SELECT bucket, ballot FROM floors").fetchall())
+        return dict(self._all("SELECT bucket, ballot FROM floors"))
 
     def raise_floor(self, bucket: str, ballot: str) -> None:
         """Promise at least `ballot` for all keys of `bucket` that have no row."""
@@ -1535,8 +1431,7 @@ class Registers:
                 self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?)", (bucket, ballot))
 
     def basis(self, bucket: str, key: str) -> list[Any] | None:
-        """[accepted, chosen, value] of the bucket's own register; None where there is none to look
-        at."""
+        """[accepted, chosen, value] of the bucket's own register, if there is one to look at."""
         if not key or bucket in (UPLOADS, VIEWS):
             return None
         with self.lock:
@@ -1545,23 +1440,17 @@ class Registers:
                 self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
             return self._bases[bucket]
 
-    def read(self, epoch: int, bucket: str, key: str, known: str) -> Message:
+    def read(self, bucket: str, key: str, known: str) -> Message:
         """What is accepted here, without the value if it is the one accepted at `known`; about the
         bucket, too, if there is no object."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key, known)
             there = live(slot.value) or slot.accepted == known != ""
             return told(slot, None if there else self.basis(bucket, key))
 
-    def prepare(self, epoch: int, bucket: str, key: str, ballot: str, known: str) -> Message:
+    def prepare(self, bucket: str, key: str, ballot: str, known: str) -> Message:
         """Promise to accept nothing below `ballot`, and tell what is accepted; or refuse."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key, known)
             if ballot <= slot.promised:
                 return {"refused": slot.promised}
@@ -1573,69 +1462,53 @@ class Registers:
             return told(slot, self.basis(bucket, key))
 
     def accept(
-        self,
-        epoch: int,
-        bucket: str,
-        key: str,
-        ballot: str,
-        value: Value,
-        chosen: bool,
+        self, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
         basis: tuple[str, bool, Value] | None,
     ) -> Message:
-        """Accept `value`, unless more was promised, or it is an object and its bucket is not
-        open."""
+        """Accept `value`, unless more was promised, or its bucket is not open for objects."""
         with self.lock:
-            refusal = self.fence(epoch)
-            if refusal:
-                return refusal
             slot = self.slot(bucket, key)
             if ballot < slot.promised:
                 return {"refused": slot.promised}
             if basis:
-                self.offer(epoch, bucket, "", *basis)
+                self._take_over(bucket, "", *basis)
             if live(value) and bucket_state(self.basis(bucket, key)) != "open":
                 return {"closed": True}
             self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
             return {"done": True}
 
-    def learn(self, epoch: int, bucket: str, key: str, ballot: str) -> Message:
+    def learn(self, bucket: str, key: str, ballot: str) -> Message:
         """What was accepted at `ballot` has been chosen."""
-        with self.lock:
-            refusal = self.fence(epoch)
-            if not refusal:
-                self.mark_chosen([(bucket, key, ballot)])
-            return refusal or {"done": True}
+        self.mark_chosen([(bucket, key, ballot)])
+        return {"done": True}
 
     def offer(
         self, epoch: int, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
     ) -> bool:
         """Another owner accepted this: do so too, as if its accept message had come here late.
-
         False when something higher was promised and it is not known to be chosen: then only a round
-        of the register can tell.
-        """
+        of the register can tell."""
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
-            slot = self.slot(bucket, key)
-            if accepted <= slot.accepted or value is None:
-                return True
-            if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
-                return True  # a tombstone that was dropped here
-            if accepted < slot.promised and not chosen:
-                return False
-            promised = max(accepted, slot.promised)
-            self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+            return self._take_over(bucket, key, accepted, chosen, value)
+
+    def _take_over(
+        self, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
+    ) -> bool:
+        slot = self.slot(bucket, key)
+        if accepted <= slot.accepted or value is None:
             return True
+        if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
+            return True  # a tombstone that was dropped here
+        if accepted < slot.promised and not chosen:
+            return False
+        promised = max(accepted, slot.promised)
+        self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+        return True
 
     def _write(
-        self,
-        bucket: str,
-        key: str,
-        promised: str,
-        accepted: str,
-        chosen: bool,
-        value: Value,
+        self, bucket: str, key: str, promised: str, accepted: str, chosen: bool, value: Value,
         old: Value | None,
     ) -> None:
         raw, is_live = key.encode(), live(value) is not None
@@ -1676,18 +1549,15 @@ class Registers:
 
     def page(self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool) -> Message:
         """Entries [key, accepted, head, tail, chosen] in key order, head "" for a tombstone; tail
-        if `whole`.
-
-        With a delimiter, what shares the part up to it with a live key listed is skipped. "more"
-        says that there is more after the last entry.
-        """
+        if `whole`. With a delimiter, what shares the part up to it with a live key listed is
+        skipped. "more" says that there is more after the last entry."""
         entries: list[list[Any]] = []
         size, more = 0, False
         position: bytes | None = max(prefix, start).encode()
-        end = after_prefix(prefix)
+        end = (zs3.successor(prefix) or "").encode() or b"\xff"  # which no UTF-8 has
         with self.lock:
             while position is not None and not more:
-                rows = self._rows(bucket, position, end)
+                rows = self._db.execute(PAGE, (bucket, position, end))
                 position = None
                 for raw, accepted, is_live, head, tail, chosen in rows:
                     key = raw.decode()
@@ -1697,56 +1567,37 @@ class Registers:
                     shown = [head, tail if whole else ""] if is_live else ["", ""]
                     entries.append([key, accepted, *shown, bool(chosen)])
                     size += len(raw) + len(shown[0]) + len(shown[1] or "") + 40
-                    common = common_prefix(key, prefix, delimiter) if is_live else ""
+                    common = zs3.common_prefix(key, prefix, delimiter) if is_live else ""
                     if common:
-                        position = after_prefix(common)
+                        position = (zs3.successor(common) or "").encode() or None
                         break
         return {"entries": entries, "more": more}
 
-    def _rows(self, bucket: str, position: bytes, end: bytes | None) -> sqlite3.Cursor:
-        query = (
-            "SELECT key, accepted, live, head, tail, chosen FROM registers"
-            " WHERE bucket = ? AND key >= ? AND key != x'' AND accepted != ''"
-        )
-        if end is None:
-            return self._db.execute(query + " ORDER BY key", (bucket, position))
-        return self._db.execute(query + " AND key < ? ORDER BY key", (bucket, position, end))
-
     def buckets(self) -> list[list[Any]]:
         """[name, accepted, chosen, value] of the buckets' own registers."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT bucket, accepted, chosen, head FROM registers"
-                " WHERE key = x'' AND accepted != ''"
-            ).fetchall()
-        return [[row[0], row[1], bool(row[2]), json.loads(row[3])] for row in rows]
+        query = (
+            "SELECT bucket, accepted, chosen, head FROM registers"
+            " WHERE key = x'' AND accepted != ''"
+        )
+        rows = self._all(query)
+        return [[b, accepted, bool(c), json.loads(head)] for b, accepted, c, head in rows]
 
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
-        """[bucket, key, accepted, chosen] of what was accepted after `since`, of the buckets
-        `wanted`."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
-                " ORDER BY seq LIMIT ?",
-                (since, 5 * BATCH),
-            ).fetchall()
+        """[bucket, key, accepted, chosen] of what came after `since`, of the buckets `wanted`."""
+        rows = self._all(
+            "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
+            " ORDER BY seq LIMIT ?", since, 5 * BATCH,
+        )
         entries = [
             [b, key.decode(), accepted, bool(c)] for _, b, key, accepted, c in rows if wanted(b)
         ]
-        return {
-            "entries": entries,
-            "upto": rows[-1][0] if rows else since,
-            "more": len(rows) == 5 * BATCH,
-        }
+        upto = rows[-1][0] if rows else since
+        return {"entries": entries, "upto": upto, "more": len(rows) == 5 * BATCH}
 
     def live_keys(self, bucket: str) -> list[str]:
         """Some keys of live objects in `bucket`, at most BATCH."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?",
-                (bucket, BATCH),
-            ).fetchall()
-        return [row[0].decode() for row in rows]
+        query = "SELECT key FROM registers WHERE bucket = ? AND key != x'' AND live = 1 LIMIT ?"
+        return [key.decode() for (key,) in self._all(query, bucket, BATCH)]
 
     def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
@@ -1757,22 +1608,17 @@ class Registers:
                 ((bucket, key.encode(), accepted) for bucket, key, accepted in places),
             )
 
-    def graves(
-        self, before: float, after: tuple[str, str] = ("", "")
-    ) -> list[tuple[str, str, str]]:
-        """(bucket, key, accepted) of tombstones older than `before` (wall clock), in order."""
-        with self.lock:
-            rows = self._db.execute(
-                "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
-                " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
-                " ORDER BY bucket, key LIMIT ?",
-                (before, VIEWS, after[0], after[1].encode(), BATCH),
-            ).fetchall()
+    def graves(self, before: float, after: tuple[str, str]) -> list[Grave]:
+        """Tombstones older than `before` (wall clock), in order, beyond (bucket, key) `after`."""
+        rows = self._all(
+            "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
+            " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
+            " ORDER BY bucket, key LIMIT ?", before, VIEWS, after[0], after[1].encode(), BATCH,
+        )
         return [(bucket, key.decode(), accepted) for bucket, key, accepted in rows]
 
     def buried(self, bucket: str, key: str, ballot: str) -> bool:
-        """Is the tombstone of that ballot, or something later, or nothing any more, what is
-        here?"""
+        """Is the tombstone of that ballot here, or something later, or nothing any more?"""
         with self.lock:
             slot = self.slot(bucket, key)
             return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
@@ -1785,18 +1631,14 @@ class Registers:
                 return False
             with self._transaction():
                 self.raise_floor(bucket, slot.promised)
-                self._db.execute(
-                    "DELETE FROM registers WHERE bucket = ? AND key = ?", (bucket, key.encode())
-                )
+                row = (bucket, key.encode())
+                self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
             self._bases.pop(bucket, None)
             return True
 
     def used(self, block: str) -> bool:
         """Does any accepted value here name this block?"""
-        with self.lock:
-            return bool(
-                self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block))
-            )
+        return bool(self._one("SELECT 1 FROM refs WHERE hash = ? LIMIT 1", bytes.fromhex(block)))
 
     def close(self) -> None:
         """Close the file."""
@@ -1806,12 +1648,7 @@ class Registers:
 
 def told(slot: Slot, basis: list[Any] | None) -> Message:
     """An owner's answer to a question about a register."""
-    return {
-        "accepted": slot.accepted,
-        "chosen": slot.chosen,
-        "value": slot.value,
-        "basis": basis,
-    }
+    return {"accepted": slot.accepted, "chosen": slot.chosen, "value": slot.value, "basis": basis}
 
 
 def bucket_state(basis: Sequence[Any] | None) -> str:
@@ -1822,28 +1659,11 @@ def bucket_state(basis: Sequence[Any] | None) -> str:
     return value["bucket"]["state"] if value else "absent"
 
 
-def after_prefix(prefix: str) -> bytes | None:
-    """The first bytes beyond all keys that begin with `prefix`; None for "": no end.
-
-    UTF-8 has no byte 0xff, so that the last byte can always be raised.
-    """
-    raw = prefix.encode()
-    return raw[:-1] + bytes([raw[-1] + 1]) if raw else None
-
-
-def common_prefix(key: str, prefix: str, delimiter: str) -> str:
-    """What `key` is listed under: all up to the first delimiter after the prefix; "" for itself."""
-    found = key.find(delimiter, len(prefix)) if delimiter else -1
-    return key[: found + len(delimiter)] if found >= 0 else ""
-
-
-# What a round asks for is yielded, the answers are sent in: whoever drives it owns network and
-# clock.
+# What a round asks for is yielded, the answers are sent in: who drives it owns network and clock.
 
 
 class Ask(NamedTuple):
-    """Ask the owners in `groups`. `quorum` says how many are asked at first; all of them when
-    `wide`."""
+    """Ask the owners in `groups`: at first as many as `quorum` says, or all when `wide`."""
 
     name: str
     message: Message
@@ -1873,8 +1693,7 @@ class BucketClosing(S3Error):
 
 
 class Top(NamedTuple):
-    """What the answers say of a register: the highest accepted, and whether it is sure to be
-    chosen."""
+    """What answers say of a register: the highest accepted, and whether that is surely chosen."""
 
     accepted: str
     value: Value | None
@@ -1882,16 +1701,14 @@ class Top(NamedTuple):
 
 
 def weigh(groups: Groups, told: Mapping[int, Sequence[Any]]) -> Top:
-    """`told` is {node: (accepted, chosen, value)}, a read quorum of each group at least.
-
-    It is settled when a change quorum of each group has it, or an owner knows that it was chosen,
-    or nobody has anything: a change quorum would meet one of these answers.
-    """
+    """`told` is {node: (accepted, chosen, value)}, a read quorum of each group at least. It is
+    settled when a change quorum of each group has it, or an owner knows that it was chosen, or
+    nobody has anything: a change quorum would meet one of these answers."""
     accepted = max(one[0] for one in told.values())
     with_it = {node: one for node, one in told.items() if one[0] == accepted}
     value = next((one[2] for one in with_it.values() if one[2] is not None), None)
-    settled = not accepted or any(one[1] for one in with_it.values())
-    return Top(accepted, value, settled or covers(groups, with_it, change_quorum))
+    sure = not accepted or any(one[1] for one in with_it.values())
+    return Top(accepted, value, sure or covers(groups, with_it, change_quorum))
 
 
 def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
@@ -1903,14 +1720,20 @@ def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
     }
 
 
+def settled(groups: Groups, answers: Answers) -> bool:
+    """Are these answers a read quorum that leaves no doubt?"""
+    told = told_of(answers)
+    return covers(groups, told, read_quorum) and weigh(groups, told).settled
+
+
 def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
     """The same for the bucket's own register, which comes along."""
     return {node: answer["basis"] for node, answer in answers.items() if answer.get("basis")}
 
 
-Decide = Callable[
-    ["Value | None"], "Value | None"
-]  # live value -> new value, None to leave it, or S3Error
+# live value -> new value, None to leave it, or S3Error
+Decide = Callable[["Value | None"], "Value | None"]
+Voters = Callable[[View], Groups]
 
 
 class Rounds:
@@ -1922,61 +1745,13 @@ class Rounds:
         self.own, self.view, self.clock, self.pick = own, view, clock, pick
         self.ballots = Ballots(own)
 
-    def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
-        """The live value of a register, and what is known of its bucket. SlowDown without a quorum.
-
-        One round trip when a change quorum agrees; otherwise it finishes the change it found.
-        """
-        started = self.clock()
-        while True:
-            view = self.view()
-            groups = view.groups(bucket)
-
-            def settled(answers: Answers, groups: Groups = groups) -> bool:
-                told = told_of(answers)
-                return covers(groups, told, read_quorum) and weigh(groups, told).settled
-
-            place = {"epoch": view.epoch, "bucket": bucket, "key": key}
-            answers = yield Ask("read", {**place, "known": ""}, groups, settled, read_quorum)
-            told = told_of(answers)
-            if covers(groups, told, read_quorum):
-                top = weigh(groups, told)
-                if not top.settled:
-                    return live((yield from self.change(bucket, key, lambda value: None))), None
-                basis = told_of_bucket(answers)
-                return live(top.value), weigh(groups, basis) if basis else None
-            if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
-                raise unavailable(groups, answers, "read")
-
-    def glance(
-        self, bucket: str, key: str, voters: Callable[[View], Groups]
-    ) -> Steps[tuple[Value | None, Top | None]]:
-        """The live value of a register where that is sure without a round; None otherwise."""
-        view = self.view()
-        groups = voters(view)
-
-        def settled(answers: Answers) -> bool:
-            told = told_of(answers)
-            return covers(groups, told, read_quorum) and weigh(groups, told).settled
-
-        message = {"epoch": view.epoch, "bucket": bucket, "key": key, "known": ""}
-        answers = yield Ask("read", message, groups, settled, read_quorum)
-        if not settled(answers):
-            return None, None
-        top = weigh(groups, told_of(answers))
-        return live(top.value), top
-
     def gather(
-        self,
-        name: str,
-        bucket: str,
-        fields: Message,
-        has: str,
-        quorum: Callable[[int], int],
+        self, name: str, bucket: str, fields: Message, has: str, quorum: Callable[[int], int],
         content: Callable[[Groups, Answers], bool] = lambda groups, having: True,
     ) -> Steps[tuple[View, Answers]]:
         """The answers that have the field `has`, from a quorum of those who are asked about
-        `bucket`, and the view that they are of; more than a quorum while it is not `content`."""
+        `bucket`, and the view that they are of; more than a quorum while it is not `content`.
+        SlowDown without a quorum."""
         started = self.clock()
         while True:
             view = self.view()
@@ -1993,51 +1768,54 @@ class Rounds:
             if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
                 raise unavailable(groups, answers, "read")
 
+    def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
+        """The live value of a register, and what is known of its bucket. One round trip when a
+        change quorum agrees; otherwise it finishes the change it found. SlowDown."""
+        place = {"bucket": bucket, "key": key, "known": ""}
+        view, answers = yield from self.gather(
+            "read", bucket, place, "accepted", read_quorum, settled
+        )
+        groups = view.groups(bucket)
+        top = weigh(groups, told_of(answers))
+        if not top.settled:
+            return live((yield from self.change(bucket, key, lambda value: None))), None
+        basis = told_of_bucket(answers)
+        return live(top.value), weigh(groups, basis) if basis else None
+
     def bucket(self, bucket: str, known: Top | None = None) -> Steps[Value | None]:
-        """The bucket's own record, whatever its state; `known` is what came along with something
-        else."""
+        """The bucket's own record, whatever its state; `known` is what came with something else."""
         if known is not None and known.settled:
             return live(known.value)
         value, _ = yield from self.read(bucket, "")
         return value
 
     def repair(self, bucket: str, key: str) -> Steps[Value | None]:
-        """Have all owners that answer accept what a majority has, or if the bucket is gone,
-        nothing."""
-        change = Change(self, bucket, key, lambda value: None, lambda view: view.groups(bucket))
-        change.rewrites = True
-        return change.steps()
+        """Have all owners that answer accept what a majority has; nothing if the bucket is gone."""
+        return Change(self, bucket, key, lambda value: None, rewrites=True).steps()
 
     def change(
-        self, bucket: str, key: str, decide: Decide, voters: Callable[[View], Groups] | None = None
+        self, bucket: str, key: str, decide: Decide, voters: Voters | None = None
     ) -> Steps[Value | None]:
         """Put what `decide` makes of the register's live value in its place; returns what is there
-        then.
-
-        Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what happened.
-        """
-        return Change(
-            self, bucket, key, decide, voters or (lambda view: view.groups(bucket))
-        ).steps()
+        then. Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what
+        happened."""
+        return Change(self, bucket, key, decide, voters).steps()
 
 
 class Change:
     """One change of one register: rounds of prepare and accept until one gets through."""
 
     def __init__(
-        self,
-        rounds: Rounds,
-        bucket: str,
-        key: str,
-        decide: Decide,
-        voters: Callable[[View], Groups],
+        self, rounds: Rounds, bucket: str, key: str, decide: Decide,
+        voters: Voters | None = None, rewrites: bool = False,
     ) -> None:
-        self.rounds, self.bucket, self.key = rounds, bucket, key
-        self.decide, self.voters = decide, voters
+        self.rounds, self.bucket, self.key, self.decide = rounds, bucket, key, decide
+        self.voters = voters or (lambda view: view.groups(bucket))
+        self.rewrites = rewrites  # accept once more even what is settled
         self.tried = ""  # the first ballot at which some owner may have accepted our value
         self.mine: Value | None = None  # that value
         self.missing: list[Contact] = []  # owners that did not answer the last question
-        self.rewrites = False  # accept once more even what is settled
+        self.bucket_value: Value | None = {"bucket": {"state": "open"}}  # unless we are told else
 
     def steps(self) -> Steps[Value | None]:
         """Rounds with random pauses between, until OPERATION_SECONDS are over."""
@@ -2062,7 +1840,11 @@ class Change:
         without a ballot that would disturb those still running."""
         if self.tried:
             return
-        value, _ = yield from self.rounds.glance(self.bucket, self.key, self.voters)
+        view = self.rounds.view()
+        groups = self.voters(view)
+        message = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "known": ""}
+        answers = yield Ask("read", message, groups, partial(settled, groups), read_quorum)
+        value = live(weigh(groups, told_of(answers)).value) if settled(groups, answers) else None
         if value is not None:
             self.decide(value)
 
@@ -2073,9 +1855,7 @@ class Change:
         ballot = self.rounds.ballots.next(view.epoch)
         place = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "ballot": ballot}
         answers = yield Ask(
-            "prepare",
-            {**place, "known": ""},
-            groups,
+            "prepare", {**place, "known": ""}, groups,
             lambda answers: covers(groups, told_of(answers), change_quorum) or refused(answers),
         )
         self._note(groups, answers)
@@ -2084,7 +1864,7 @@ class Change:
             return None
         top = weigh(groups, told)
         basis = yield from self._basis(groups, answers)
-        value, error = self._decided(top, basis)
+        value, error = self._decided(top)
         if value is None:
             if top.settled and not self.tried and not self.rewrites:
                 return self._answer(top.value, error)
@@ -2092,9 +1872,8 @@ class Change:
             value = top.value or tombstone()
             if self.rewrites and self.bucket_value is None:
                 value, error = tombstone(), None  # nothing can be in a bucket that is gone
-        accepted = yield from self._accept(
-            groups, {**place, "value": value, "chosen": False, "basis": basis}
-        )
+        message = {**place, "value": value, "chosen": False, "basis": basis}
+        accepted = yield from self._accept(groups, message)
         return self._answer(value, error) if accepted else None
 
     def _answer(self, value: Value | None, error: S3Error | None) -> tuple[Value | None]:
@@ -2108,9 +1887,7 @@ class Change:
             if ballot:
                 self.rounds.ballots.observe(ballot)
         silent = {node for node, answer in answers.items() if answer.get("failed")}
-        self.missing = sorted(
-            {contact for group in groups for contact in group if contact.node in silent}
-        )
+        self.missing = sorted(c for c in everyone(groups) if c.node in silent)
 
     def _basis(self, groups: Groups, answers: Answers) -> Steps[tuple[str, bool, Value] | None]:
         """The bucket's register, to go along with an accept to owners that may not have it; None
@@ -2125,9 +1902,7 @@ class Change:
             return None
         return (top.accepted, True, top.value) if top.value else None
 
-    bucket_value: Value | None = {"bucket": {"state": "open"}}
-
-    def _decided(self, top: Top, basis: object) -> tuple[Value | None, S3Error | None]:
+    def _decided(self, top: Top) -> tuple[Value | None, S3Error | None]:
         """(value to write or None to leave it, error to raise once that is settled)."""
         if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
             return (None if top.settled else top.value), None
@@ -2187,16 +1962,12 @@ class Change:
 
     def _accepted(self, groups: Groups, asked: Groups, ballot: str, answers: Answers) -> set[int]:
         self._note(groups, answers)
-        sure_not = {
-            n
-            for n, answer in answers.items()
-            if not answer.get("failed") and not answer.get("done")
-        }
-        if {
-            contact.node for group in asked for contact in group
-        } - sure_not and self.mine is not None:
+        done = {node for node, answer in answers.items() if answer.get("done")}
+        unknown = {node for node, answer in answers.items() if answer.get("failed")}
+        sure_not = answers.keys() - done - unknown
+        if self.mine is not None and any(c.node not in sure_not for c in everyone(asked)):
             self.tried = self.tried or ballot
-        return {node for node, answer in answers.items() if answer.get("done")}
+        return done
 
 
 def without(groups: Groups, last: Contact | None) -> Groups:
@@ -2223,14 +1994,12 @@ def slow_down(groups: Groups, missing: Iterable[Contact], what: str) -> S3Error:
 
 def unavailable(groups: Groups, answers: Answers, what: str) -> S3Error:
     """503 naming the owners that did not answer."""
-    everybody = {contact for group in groups for contact in group}
-    silent = [c for c in everybody if answers.get(c.node, {"failed": True}).get("failed")]
-    return slow_down(groups, silent or sorted(everybody), what)
+    silent = [c for c in everyone(groups) if answers.get(c.node, {"failed": True}).get("failed")]
+    return slow_down(groups, silent or everyone(groups), what)
 
 
 class Node:
-    """This node's part of the protocol: it answers messages from what it has, and never asks a
-    peer."""
+    """This node's part of the protocol: it answers from what it has, and never asks a peer."""
 
     def __init__(
         self, own: Contact, registers: Registers, blocks: Blocks, clock: Callable[[], float]
@@ -2241,23 +2010,14 @@ class Node:
         self.table = RoutingTable(own.node)
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
-        self.handlers: dict[str, Callable[[Message, Contact], Message]] = {
-            "hello": self.on_hello,
-            "views": self.on_views,
-            "find": self.on_find,
-            "find_providers": self.on_find_providers,
-            "provide": self.on_provide,
-            "prepare": self.on_prepare,
-            "accept": self.on_accept,
-            "learn": self.on_learn,
-            "read": self.on_read,
-            "page": self.on_page,
-            "buckets": self.on_buckets,
-            "changes": self.on_changes,
-            "values": self.on_values,
-            "buried": self.on_buried,
-            "used": self.on_used,
-            "have": self.on_have,
+        # By message. Each takes its fields but the epoch; two want the sender, too.
+        self.handlers: dict[str, Callable[..., Message]] = {
+            "views": self.on_views, "find": self.on_find,
+            "find_providers": self.on_find_providers, "provide": self.on_provide,
+            "prepare": registers.prepare, "accept": registers.accept, "learn": registers.learn,
+            "read": registers.read, "page": self.on_page, "buckets": self.on_buckets,
+            "changes": self.on_changes, "values": self.on_values, "buried": self.on_buried,
+            "used": self.on_used, "have": self.on_have,
         }
 
     def saw(self, contact: Contact) -> None:
@@ -2268,109 +2028,85 @@ class Node:
                 self.to_ping[oldest.node] = oldest
 
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
-        """Do what a checked message asks. ValueError when it makes no sense here.
-
-        That it is of our epoch, and what is answered, are one step: meanwhile no other view is
-        entered, and no register dropped.
-        """
-        if "epoch" not in message or name == "hello":
-            return self.handlers[name](message, sender)
+        """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
+        epoch, and what is answered, are one step: meanwhile no other view is entered, and no
+        register dropped."""
+        if name == "hello":  # of any epoch
+            return self.on_hello(**message)
+        fields = {field: one for field, one in message.items() if field != "epoch"}
+        if name in ("provide", "changes"):
+            fields["sender"] = sender
+        if "epoch" not in message:
+            return self.handlers[name](**fields)
+        epoch = message["epoch"]
+        need("ballot" not in message or int(message["ballot"][:8], 16) == epoch, "ballot")
         with self.registers.lock:
-            return self.registers.fence(message["epoch"]) or self.handlers[name](message, sender)
+            return self.registers.fence(epoch) or self.handlers[name](**fields)
 
-    def on_hello(self, message: Message, sender: Contact) -> Message:
+    def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
-            "contact": self.own.as_json(),
-            "epoch": view.epoch if view else 0,
+            "contact": self.own.as_json(), "epoch": view.epoch if view else 0,
             "synced": self.registers.synced,
             "idle": view is not None and len(view.members) == 1 and not self.registers.buckets(),
-            "views": self.registers.views_after(message["epoch"]),
+            "views": self.registers.views_after(epoch),
         }
 
-    def on_views(self, message: Message, sender: Contact) -> Message:
+    def on_views(self, views: list[Any]) -> Message:
         """Newer views were decided."""
-        self.registers.adopt(map(View.from_json, message["views"]))
+        self.registers.adopt(map(View.from_json, views))
         return {"done": True}
 
-    def on_find(self, message: Message, sender: Contact) -> Message:
+    def on_find(self, target: str) -> Message:
         """Kademlia's FIND_NODE."""
         with self.table_lock:
-            found = self.table.closest(int(message["target"], 16))
+            found = self.table.closest(int(target, 16))
         return {"contacts": [contact.as_json() for contact in found]}
 
-    def on_find_providers(self, message: Message, sender: Contact) -> Message:
+    def on_find_providers(self, hash: str) -> Message:
         """Kademlia's FIND_VALUE: who holds the block, and who may know more."""
-        block = message["hash"]
-        holders = self.providers.get(block, self.clock())
-        if self.blocks.has(block):
+        holders = self.providers.get(hash, self.clock())
+        if self.blocks.has(hash):
             holders = [self.own, *holders]
-        with self.table_lock:
-            found = self.table.closest(block_target(block))
-        return {
-            "providers": [contact.as_json() for contact in holders],
-            "contacts": [contact.as_json() for contact in found],
-        }
+        nearer = self.on_find(node_hex(block_target(hash)))
+        return {"providers": [contact.as_json() for contact in holders], **nearer}
 
-    def on_provide(self, message: Message, sender: Contact) -> Message:
+    def on_provide(self, hashes: list[str], sender: Contact) -> Message:
         """The sender holds these blocks."""
-        for block in message["hashes"]:
+        for block in hashes:
             self.providers.add(block, sender, self.clock())
         return {"done": True}
 
-    def on_prepare(self, message: Message, sender: Contact) -> Message:
-        """First half of a change."""
-        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
-        return self.registers.prepare(**message)
-
-    def on_accept(self, message: Message, sender: Contact) -> Message:
-        """Second half of a change."""
-        need(int(message["ballot"][:8], 16) == message["epoch"], "ballot")
-        return self.registers.accept(**message)
-
-    def on_learn(self, message: Message, sender: Contact) -> Message:
-        """What was accepted at that ballot is chosen."""
-        return self.registers.learn(**message)
-
-    def on_read(self, message: Message, sender: Contact) -> Message:
-        """What is accepted here?"""
-        return self.registers.read(**message)
-
-    def on_page(self, message: Message, sender: Contact) -> Message:
+    def on_page(self, mark: str, bucket: str, **fields: Any) -> Message:
         """A page of a bucket's keys."""
-        fields = {name: one for name, one in message.items() if name not in ("epoch", "mark")}
-        if message["mark"]:
-            slot = self.registers.slot(message["bucket"], "")
-            if slot.value is None or slot.value["id"] != message["mark"]:
-                return {"unmarked": True}
-        return self.registers.page(**fields)
+        value = self.registers.slot(bucket, "").value if mark else None
+        if mark and (value is None or value["id"] != mark):
+            return {"unmarked": True}
+        return self.registers.page(bucket, **fields)
 
-    def on_buckets(self, message: Message, sender: Contact) -> Message:
+    def on_buckets(self) -> Message:
         """All buckets known here."""
         view = cast(View, self.registers.view)
         # Not what is left from when this node was an owner: it may be long out of date.
         asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
         return {"buckets": asked}
 
-    def on_changes(self, message: Message, sender: Contact) -> Message:
+    def on_changes(self, since: int, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
         view = cast(View, self.registers.view)
-        owned: dict[str, bool] = {VIEWS: False}
 
         def wanted(bucket: str) -> bool:
-            if bucket not in owned:
-                owned[bucket] = view.owns(sender.node, bucket)
-            return owned[bucket]
+            return bucket != VIEWS and view.owns(sender.node, bucket)
 
         floors = {bucket: one for bucket, one in self.registers.floors().items() if wanted(bucket)}
-        return {**self.registers.changes(message["since"], wanted), "floors": floors}
+        return {**self.registers.changes(since, wanted), "floors": floors}
 
-    def on_values(self, message: Message, sender: Contact) -> Message:
+    def on_values(self, places: list[tuple[str, str]]) -> Message:
         """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
         slots: list[list[Any]] = []
         size = 0
-        for bucket, key in message["places"]:
+        for bucket, key in places:
             if size > PAGE_BYTES:
                 break
             slot = self.registers.slot(bucket, key)
@@ -2378,18 +2114,18 @@ class Node:
             size += 500 + 64 * len(blocks_of(slot.value))
         return {"slots": slots}
 
-    def on_buried(self, message: Message, sender: Contact) -> Message:
+    def on_buried(self, graves: list[Grave]) -> Message:
         """Which of these tombstones have reached this owner?"""
-        return {"buried": [self.registers.buried(*grave) for grave in message["graves"]]}
+        return {"buried": [self.registers.buried(*grave) for grave in graves]}
 
-    def on_used(self, message: Message, sender: Contact) -> Message:
+    def on_used(self, hashes: list[str]) -> Message:
         """Which of these blocks does a record or an operation here need?"""
-        return {"used": [b in self.pins or self.registers.used(b) for b in message["hashes"]]}
+        return {"used": [block in self.pins or self.registers.used(block) for block in hashes]}
 
-    def on_have(self, message: Message, sender: Contact) -> Message:
+    def on_have(self, hashes: list[str], touch: bool) -> Message:
         """Which of these blocks are here? Touched, they stay for the grace."""
-        look = self.blocks.touch if message["touch"] else self.blocks.has
-        return {"have": [look(block) for block in message["hashes"]]}
+        look = self.blocks.touch if touch else self.blocks.has
+        return {"have": [look(block) for block in hashes]}
 
 
 class Cluster:
@@ -2402,16 +2138,14 @@ class Cluster:
         self.joined = threading.Event()  # set once this node is a member
 
     def known_view(self) -> View:
-        """The newest view known, whether or not this node is a member. SlowDown when there is
-        none."""
+        """The newest view known, whether or not this node is a member. SlowDown if none is."""
         view = self.node.registers.view
         if view is None:
             raise S3Error("SlowDown", "This node has not found its cluster yet.")
         return view
 
     def view(self) -> View:
-        """The newest view, of which this node is a member. SlowDown when it does not become one
-        soon."""
+        """The newest view, once this node is a member. SlowDown when it does not become one."""
         if not (self.joined.is_set() or self.joined.wait(JOIN_WAIT_SECONDS)):
             raise S3Error("SlowDown", "This node has not joined its cluster yet.")
         return self.known_view()
@@ -2439,15 +2173,13 @@ class Cluster:
             while True:
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)
-                    step = steps.send({})
-                else:
-                    step = steps.send(self.ask(step))
+                step = steps.send({} if isinstance(step, Pause) else self.ask(step))
         except StopIteration as end:
             return cast(T, end.value)
 
     def ask(self, ask: Ask) -> Answers:
         """Ask this node by a function call and the others over the network, until it is enough."""
-        contacts = list(dict.fromkeys(contact for group in ask.groups for contact in group))
+        contacts = everyone(ask.groups)
         answers: dict[int, Message] = {}
         message = ask.message
         if self.own in contacts:
@@ -2488,7 +2220,8 @@ class Cluster:
 
         first = len(others) if ask.wide else self._first(ask, others, answers)
         enough(self.tell(ask.name, message, others, enough, first))
-        self._views(ask, message, answers)
+        if any("views" in answer or "behind" in answer for answer in answers.values()):
+            self._views(ask, message, answers)
 
     def _first(self, ask: Ask, others: list[Contact], answers: Collection[int]) -> int:
         """How many of `others` make a quorum with the answers that are there."""
@@ -2500,102 +2233,91 @@ class Cluster:
         return len(others)
 
     def _views(self, ask: Ask, message: Message, answers: dict[int, Message]) -> None:
-        """Enter newer views that came back; tell ours to those that are behind, and ask them
-        again."""
+        """Settle whose view is the newest; then ask those that were behind again."""
+        others = [] if ask.enough(answers) else everyone(ask.groups)
+        behind = self.share_views(answers, others)
+        if behind:
+            plain = {**message, "known": ""} if "known" in message else message
+            for node, reply in self.tell(ask.name, plain, behind).items():
+                answers[node] = reply.json() or {"failed": True}
+
+    def share_views(self, answers: Mapping[int, Message], asked: Iterable[Contact]) -> Group:
+        """Enter newer views that came back; tell ours to those that are behind. Returns these."""
         for answer in list(answers.values()):
             if "views" in answer:
                 self.adopt(answer["views"])
-        behind = {node: answer["behind"] for node, answer in answers.items() if "behind" in answer}
-        if not behind or ask.enough(answers):
-            return
-        late = [c for group in ask.groups for c in group if c.node in behind and c != self.own]
-        self.tell("views", {"views": self.node.registers.views_after(min(behind.values()))}, late)
-        plain = {**message, "known": ""} if "known" in message else message
-        for node, reply in self.tell(ask.name, plain, late).items():
-            answers[node] = reply.json() or {"failed": True}
+        behind = tuple(c for c in asked if "behind" in answers.get(c.node, ()) and c != self.own)
+        if behind:
+            since = min(answers[contact.node]["behind"] for contact in behind)
+            self.tell("views", {"views": self.node.registers.views_after(since)}, behind)
+        return behind
 
     def tell(
-        self,
-        name: str,
-        message: Message,
-        contacts: Sequence[Contact],
-        enough: Enough | None = None,
-        first: int = MAX_MEMBERS,
-        seconds: float = CONNECT_SECONDS,
+        self, name: str, message: Message, contacts: Sequence[Contact],
+        enough: Enough | None = None, first: int = MAX_MEMBERS,
     ) -> dict[int, Reply]:
         """Send one message to peers; their replies by node id."""
         body = pack(message)
         questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
-        replies = self.peers.ask(
-            questions, enough or (lambda raw: len(raw) == len(questions)), first, seconds
-        )
+        enough = enough or (lambda raw: len(raw) == len(questions))
+        replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS)
         for contact in contacts:
             if contact.node and replies.get(contact.node, Reply(0)).status:
                 self.node.saw(contact)
         return replies
 
-    def call(self, name: str, message: Message, contact: Contact) -> Message | None:
-        """Ask one peer, or this node itself; None when no good answer came."""
-        if contact.node == self.own.node:
-            return self.node.answer(name, message, self.own)
-        return self.tell(name, message, [contact]).get(contact.node, Reply(0)).json()
-
     def call_all(
-        self, name: str, message: Message, contacts: Sequence[Contact]
+        self, name: str, message: Message, contacts: Iterable[Contact]
     ) -> dict[int, Message]:
         """Ask several at once, this node too if it is among them; the good answers by node id."""
-        others = [contact for contact in contacts if contact != self.own]
-        answers = {node: reply.json() for node, reply in self.tell(name, message, others).items()}
-        if self.own in contacts:
+        nodes = {contact.node: contact for contact in contacts}
+        here = nodes.pop(self.own.node, None)
+        replies = self.tell(name, message, list(nodes.values()))
+        answers = {node: reply.json() for node, reply in replies.items()}
+        if here:
             answers[self.own.node] = self.node.answer(name, message, self.own)
         return {node: answer for node, answer in answers.items() if answer is not None}
 
+    def call(self, name: str, message: Message, contact: Contact) -> Message | None:
+        """Ask one peer, or this node itself; None when no good answer came."""
+        return self.call_all(name, message, [contact]).get(contact.node)
+
+    # Lookups.
+
     def find(self, target: int) -> list[Contact]:
         """Kademlia lookup: the live nodes nearest to `target`."""
+        return self._lookup(target, "find", {"target": node_hex(target)})[0]
+
+    def find_providers(self, block: str) -> list[Contact]:
+        """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
+        local = self.node.providers.get(block, time.monotonic())
+        return local or self._lookup(block_target(block), "find_providers", {"hash": block})[1]
+
+    def _lookup(
+        self, target: int, name: str, message: Message
+    ) -> tuple[list[Contact], list[Contact]]:
+        """The nodes found, and once somebody names them, the providers instead."""
         with self.node.table_lock:
             start = self.node.table.closest(target)
         steps = lookup(target, start, self.own.node)
         try:
             todo = next(steps)
             while True:
-                todo = steps.send(self._find_round({"target": node_hex(target)}, "find", todo)[0])
+                answers = self.call_all(name, message, todo)
+                said = [raw for one in answers.values() for raw in one.get("providers", ())]
+                if said:
+                    return [], list(map(contact_field, said))
+                todo = steps.send({c.node: self._known(c, answers.get(c.node)) for c in todo})
         except StopIteration as end:
-            return cast("list[Contact]", end.value)
+            return end.value, []
 
-    def _find_round(
-        self, message: Message, name: str, todo: list[Contact]
-    ) -> tuple[dict[int, list[Contact] | None], list[Contact]]:
-        replies = self.tell(name, message, todo)
-        found: dict[int, list[Contact] | None] = {}
-        providers: list[Contact] = []
-        for contact in todo:
-            answer = replies.get(contact.node, Reply(0)).json()
-            if answer is None:
-                found[contact.node] = None
-                with self.node.table_lock:
-                    self.node.table.failed(contact)
-                continue
-            found[contact.node] = [contact_field(raw) for raw in answer["contacts"]]
-            providers += [contact_field(raw) for raw in answer.get("providers", ())]
-        return found, providers
-
-    def find_providers(self, block: str) -> list[Contact]:
-        """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
-        local = self.node.providers.get(block, time.monotonic())
-        if local:
-            return local
+    def _known(self, contact: Contact, answer: Message | None) -> list[Contact] | None:
+        """Whom `contact` answers that it knows. None without an answer, which is noted."""
+        if answer is not None:
+            return [contact_field(raw) for raw in answer["contacts"]]
         with self.node.table_lock:
-            start = self.node.table.closest(block_target(block))
-        steps = lookup(block_target(block), start, self.own.node)
-        try:
-            todo = next(steps)
-            while True:
-                found, providers = self._find_round({"hash": block}, "find_providers", todo)
-                if providers:
-                    return providers
-                todo = steps.send(found)
-        except StopIteration:
-            return []
+            self.node.table.failed(contact)
+        return None
 
     # Blocks between nodes.
 
@@ -2614,9 +2336,7 @@ class Cluster:
         replies: dict[int, Reply] = {}
         if others and held < wanted:
             replies = self._store_out(block, data, others, wanted - held, least - held)
-        stored = [
-            contact for contact in others if replies.get(contact.node, Reply(0)).status == 200
-        ]
+        stored = [c for c in others if replies.get(c.node, Reply(0)).status == 200]
         if held + len(stored) < least:
             raise slow_down((tuple(order),), set(others) - set(stored), "write")
         for contact in stored:
@@ -2625,7 +2345,7 @@ class Cluster:
     def _store_here(self, block: str, data: bytes) -> bool:
         try:
             self.node.blocks.put(block, data)
-        except OSError as problem:  # a full disk here is no reason to fail while others have room
+        except OSError as problem:  # a full disk here is no reason to fail: others have room
             LOG.warning("block %s cannot be stored here: %s", block, problem)
             return False
         return True
@@ -2658,9 +2378,8 @@ class Cluster:
             data = self._fetch_from(block, self._order(sorted(rest)))
         if data is None:
             raise S3Error("SlowDown", "A block of this object cannot be reached now.")
-        if any(contact == self.own for contact in self.holders(block)[: view.replicas]):
-            with contextlib.suppress(OSError):  # healing can wait until the disk has room
-                self.node.blocks.put(block, data)
+        if self.own in self.holders(block)[: view.replicas]:
+            self._store_here(block, data)
         return data
 
     def _fetch_from(self, block: str, contacts: list[Contact]) -> bytes | None:
@@ -2676,35 +2395,33 @@ class Cluster:
         return next((reply.body for reply in replies.values() if good(reply)), None)
 
     def touch(self, blocks: Sequence[str]) -> list[str]:
-        """Touch blocks where they should be. Returns those that fewer than two nodes (or all)
-        have."""
+        """Touch blocks where they should be. Returns those that too few nodes have."""
         view = self.view()
         least = min(2, view.replicas, len(view.members))
         lacking: list[str] = []
         for start in range(0, len(blocks), BATCH):
-            batch = list(dict.fromkeys(blocks[start : start + BATCH]))
-            holders, _ = self.have(batch, touch=True)
-            lacking += [block for block in batch if len(holders[block]) < least]
+            holders, _ = self.have(blocks[start : start + BATCH], touch=True)
+            lacking += [block for block, nodes in holders.items() if len(nodes) < least]
         return lacking
 
-    def have(self, blocks: Sequence[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
+    def have(self, blocks: Iterable[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
         """Which members hold each of these blocks (at most BATCH), and which members answered."""
-        message = {"hashes": list(blocks), "touch": touch}
         holders: dict[str, set[int]] = {block: set() for block in blocks}
+        message = {"hashes": list(holders), "touch": touch}
         answers = self.call_all("have", message, self.view().members)
         for node, answer in answers.items():
-            for block, there in zip(blocks, answer["have"], strict=True):
+            for nodes, there in zip(holders.values(), answer["have"], strict=True):
                 if there:
-                    holders[block].add(node)
+                    nodes.add(node)
         return holders, set(answers)
 
 
 # ===== 8 DistributedStore =====
 
 
-def info_of(key: str, value: Value) -> zs3.ObjectInfo:
+def info_of(key: str, value: Value) -> ObjectInfo:
     """What S3 tells of an object."""
-    return zs3.ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
+    return ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
 
 
 def slices(
@@ -2724,8 +2441,7 @@ def slices(
 
 
 class StoredContent:
-    """An object's bytes on their way out: its record is a snapshot, and its blocks are pinned until
-    close."""
+    """An object's bytes on their way out, as its record was; the blocks are pinned until close."""
 
     def __init__(self, cluster: Cluster, value: Value) -> None:
         self.cluster, self.value = cluster, value
@@ -2733,8 +2449,7 @@ class StoredContent:
         cluster.node.pins.add(self._blocks)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
-        """Exactly the bytes [start, start + length), each block verified before any of it is
-        given."""
+        """The bytes [start, start + length), each block verified before any of it is given."""
         if "inline" in self.value:
             yield base64.b64decode(self.value["inline"])[start : start + length]
             return
@@ -2751,43 +2466,26 @@ class StoredContent:
 
 
 def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[bytes, None, None]:
-    """fetch(block) of each, in order, up to READ_AHEAD of them in another thread before they are
-    asked for."""
+    """fetch(block) of each, in order, up to READ_AHEAD of them before they are asked for."""
     if len(blocks) <= 1:
         yield from map(fetch, blocks)
         return
-    room = threading.Semaphore(READ_AHEAD)
-    ready: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    stopped = threading.Event()
-
-    def work() -> None:
-        for block in blocks:
-            room.acquire()
-            if stopped.is_set():
-                return
-            try:
-                ready.put(fetch(block))
-            except Exception as problem:  # raised where the block is asked for
-                ready.put(problem)
-                return
-
-    threading.Thread(target=work, name="zs3-ahead", daemon=True).start()
+    todo = iter(blocks)
+    pool = ThreadPoolExecutor(1)
     try:
-        for _ in blocks:
-            data = ready.get()
-            if isinstance(data, Exception):
-                raise data
-            room.release()
+        first = itertools.islice(todo, READ_AHEAD)
+        under_way = collections.deque(pool.submit(fetch, block) for block in first)
+        while under_way:
+            data = under_way.popleft().result()
+            under_way.extend(pool.submit(fetch, block) for block in itertools.islice(todo, 1))
             yield data
     finally:
-        stopped.set()
-        room.release()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
     """The body cut into pieces of BLOCK_BYTES, the last one shorter; b"" alone if it is empty."""
-    rest = b""
-    empty = True
+    rest, empty = b"", True
     for piece in body:
         empty = False
         data = rest + piece if rest else bytes(piece)
@@ -2807,11 +2505,9 @@ def common_end(pages: Iterable[Message]) -> str | None:
 
 
 def doubtful(groups: Groups, pages: Mapping[int, Message]) -> list[str]:
-    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`).
-
-    The highest accepted may be one owner's alone: a change that lost its race, and was answered
-    that it did not happen.
-    """
+    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`). The highest
+    accepted may be one owner's alone: a change that lost its race, and was answered that it did not
+    happen."""
     limit = common_end(pages.values())
     told: dict[str, dict[int, tuple[str, bool, None]]] = {}
     agreed: set[tuple[str, str]] = set()
@@ -2829,12 +2525,10 @@ def merge_pages(
     pages: Sequence[Message], prefix: str, delimiter: str
 ) -> tuple[list[Entry], str | None]:
     """The live entries of owners' pages that began at the same key, and where to go on; None at the
-    end.
-
-    For each key the highest accepted ballot wins. A page is complete up to its last entry, except
-    that with a delimiter an owner skips what shares a common prefix with a live key that it lists.
-    If that key is dead after all, nothing behind it is known, and the next page begins there.
-    """
+    end. For each key the highest accepted ballot wins. A page is complete up to its last entry,
+    except that with a delimiter an owner skips what shares a common prefix with a live key that it
+    lists. If that key is dead after all, nothing behind it is known, and the next page begins
+    there."""
     limit = common_end(pages)
     best: dict[str, tuple[str, str, str]] = {}
     claimed: set[str] = set()
@@ -2851,7 +2545,7 @@ def merge_pages(
         if group and key.startswith(group):
             continue
         _, head, tail = best[key]
-        group = common_prefix(key, prefix, delimiter)
+        group = zs3.common_prefix(key, prefix, delimiter)
         if head:
             found.append((key, head, tail))
         elif group and key in claimed:
@@ -2861,6 +2555,10 @@ def merge_pages(
     if limit is None:
         return found, None
     return found, zs3.successor(group) if group and limit.startswith(group) else limit + "\0"
+
+
+COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
+Pin = Callable[[Collection[str]], None]  # keeps blocks until the operation ends
 
 
 class DistributedStore:
@@ -2873,15 +2571,13 @@ class DistributedStore:
         self.node, self.rounds = cluster.node, cluster.rounds
         self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
         self.closing = threading.Event()
-        self.counts: collections.Counter[str] = collections.Counter()  # what the jobs did, for ping
+        self.counts: collections.Counter[str] = collections.Counter()  # of COUNTED, for ping
 
     def start(self) -> None:
-        """See Store."""
         for job in self.jobs:
             threading.Thread(target=job, name=f"zs3-{job.__name__}", daemon=True).start()
 
     def close(self) -> None:
-        """See Store."""
         self.closing.set()
         self.cluster.peers.close()
         self.node.registers.close()
@@ -2892,11 +2588,10 @@ class DistributedStore:
 
     # --- Buckets ---
 
-    def list_buckets(self) -> list[zs3.BucketInfo]:
-        """See Store. All members are asked, and so many must answer that each bucket has a read
-        quorum."""
-        asked = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
-        view, answers = self._run(asked)
+    def list_buckets(self) -> list[BucketInfo]:
+        """So many of all members must answer that each bucket has a read quorum."""
+        steps = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
+        view, answers = self._run(steps)
         told: dict[str, dict[int, Sequence[Any]]] = {}
         for node, answer in answers.items():
             for name, *one in answer["buckets"]:
@@ -2905,40 +2600,35 @@ class DistributedStore:
         for name in sorted(told):
             value = self._run(self.rounds.bucket(name, weigh(view.groups(name), told[name])))
             if value is not None:
-                found.append(zs3.BucketInfo(name, value["bucket"]["created"]))
+                found.append(BucketInfo(name, value["bucket"]["created"]))
         return found
 
     def _most(self, members: int) -> int:
         """So many of the members that every bucket's read quorum is among them."""
         return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
 
-    def stat_bucket(self, bucket: str) -> zs3.BucketInfo:
-        """See Store."""
+    def stat_bucket(self, bucket: str) -> BucketInfo:
         return self._require_bucket(bucket, None)
 
-    def _require_bucket(self, bucket: str, known: Top | None) -> zs3.BucketInfo:
+    def _require_bucket(self, bucket: str, known: Top | None) -> BucketInfo:
         if bucket == UPLOADS:
-            return zs3.BucketInfo(bucket, 0.0)
+            return BucketInfo(bucket, 0.0)
         value = self._run(self.rounds.bucket(bucket, known))
         if value is None:
             raise S3Error("NoSuchBucket", BucketName=bucket)
-        return zs3.BucketInfo(bucket, value["bucket"]["created"])
+        return BucketInfo(bucket, value["bucket"]["created"])
 
     def create_bucket(self, bucket: str) -> bool:
-        """See Store."""
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
         value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
         return value is not None and value["id"] == ours["id"]
 
     def delete_bucket(self, bucket: str) -> None:
-        """See Store.
-
-        First the bucket is marked: its owners then refuse new objects. An object that was
+        """First the bucket is marked: its owners then refuse new objects. An object that was
         acknowledged before was accepted by a majority, none of which had the mark; so the owners
         that have it, also a majority, show at least one that holds it. The mark is removed if there
         is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while the mark
-        is ours does the tombstone replace it.
-        """
+        is ours does the tombstone replace it."""
         mark = {"id": secrets.token_hex(8)}
 
         def close(current: Value | None) -> Value | None:
@@ -2984,39 +2674,33 @@ class DistributedStore:
             raise S3Error("NoSuchKey", Key=key)
         return value
 
-    def stat_object(self, bucket: str, key: str) -> zs3.ObjectInfo:
-        """See Store."""
+    def stat_object(self, bucket: str, key: str) -> ObjectInfo:
         return info_of(key, self._read(bucket, key))
 
-    def open_object(self, bucket: str, key: str) -> tuple[zs3.ObjectInfo, StoredContent]:
-        """See Store."""
+    def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, StoredContent]:
         value = self._read(bucket, key)
         return info_of(key, value), StoredContent(self.cluster, value)
 
     def put_object(
-        self,
-        bucket: str,
-        key: str,
-        body: zs3.Body,
-        headers: dict[str, str],
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
-        """See Store. What can be refused is refused before the body is read, unless it is small."""
-        if condition != zs3.NO_CONDITION:
+        self, bucket: str, key: str, body: zs3.Body, headers: dict[str, str], condition: Condition
+    ) -> ObjectInfo:
+        """What can be refused is refused before the body is read, unless it is small."""
+        if body.size is None or body.size > INLINE_BYTES or condition != zs3.NO_CONDITION:
             self._check(bucket, key, condition)
-        elif body.size is None or body.size > INLINE_BYTES:
-            self._require_bucket(bucket, None)
         with self._pinned() as pin:
             stored = self._store_body(body, pin)
             kind = "FULL_OBJECT" if body.checksums else ""
-            info = zs3.ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
+            info = ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
             return self._commit(bucket, key, info, stored, condition)
 
-    def _check(self, bucket: str, key: str, condition: zs3.Condition) -> None:
-        """Raise what the condition raises now. Losers of a race learn it so, without disturbing the
-        winner."""
+    def _check(self, bucket: str, key: str, condition: Condition) -> None:
+        """NoSuchBucket, or what the condition raises now: who lost a race learns it so, without
+        disturbing the winner."""
+        if condition == zs3.NO_CONDITION:
+            self._require_bucket(bucket, None)
+            return
         try:
-            current: zs3.ObjectInfo | None = self.stat_object(bucket, key)
+            current: ObjectInfo | None = self.stat_object(bucket, key)
         except S3Error as error:
             if error.code != "NoSuchKey":
                 raise
@@ -3024,7 +2708,7 @@ class DistributedStore:
         condition.check(current)
 
     @contextlib.contextmanager
-    def _pinned(self) -> Iterator[Callable[[Collection[str]], None]]:
+    def _pinned(self) -> Iterator[Pin]:
         """A function that pins blocks until the end of the `with`."""
         pinned: list[str] = []
 
@@ -3045,11 +2729,8 @@ class DistributedStore:
         finally:
             self.node.pins.drop(pinned)
 
-    def _store_body(
-        self, body: Iterable[memoryview], pin: Callable[[Collection[str]], None]
-    ) -> Value:
-        """The fields of a value that say where the body's bytes are. What the body raises,
-        SlowDown."""
+    def _store_body(self, body: Iterable[memoryview], pin: Pin) -> Value:
+        """The fields of a value that say where the body's bytes are. Raises what the body does."""
         hashes: list[str] = []
         size = 0
         with ThreadPoolExecutor(STORE_BEHIND) as pool:
@@ -3070,8 +2751,8 @@ class DistributedStore:
         return {"blocks": [[size, "".join(hashes)]]}
 
     def _commit(
-        self, bucket: str, key: str, info: zs3.ObjectInfo, stored: Value, condition: zs3.Condition
-    ) -> zs3.ObjectInfo:
+        self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition
+    ) -> ObjectInfo:
         """Make the record of bytes that are stored the key's."""
         record = {**info.record(), "modified": time.time()}
         parts = record.pop("parts", None)
@@ -3089,22 +2770,16 @@ class DistributedStore:
         try:
             written = change()
         except BucketClosing as closing:
-            # Somebody is deleting the bucket, or died while doing so: after a while, take his mark
-            # away.
+            # Somebody is deleting the bucket, or died while doing so: after a while, unmark it.
             time.sleep(CLOSING_SECONDS)
             self._reopen(bucket, closing.mark)
             written = change()
         return info_of(key, written)
 
     def copy_object(
-        self,
-        info: zs3.ObjectInfo,
-        content: zs3.Content,
-        bucket: str,
-        key: str,
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
-        """See Store. Moves no bytes; the content, as long as it is open, pins the blocks."""
+        self, info: ObjectInfo, content: zs3.Content, bucket: str, key: str, condition: Condition
+    ) -> ObjectInfo:
+        """Moves no bytes; the content, as long as it is open, pins the blocks."""
         assert isinstance(content, StoredContent)
         fields = ("blocks", "inline")
         stored: Value = {name: content.value[name] for name in fields if name in content.value}
@@ -3112,13 +2787,11 @@ class DistributedStore:
         return self._commit(bucket, key, info, stored, condition)
 
     def _keep(self, blocks: Sequence[str]) -> None:
-        """Have pinned blocks where they should be, though their last record may have gone
-        meanwhile."""
+        """Have pinned blocks where they should be, even if their last record went meanwhile."""
         for block in self.cluster.touch(blocks):
             self.cluster.store(block, self.cluster.fetch(block))
 
-    def delete_object(self, bucket: str, key: str, condition: zs3.Condition) -> None:
-        """See Store."""
+    def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         grave = tombstone()
 
         def decide(current: Value | None) -> Value | None:
@@ -3127,10 +2800,7 @@ class DistributedStore:
 
         self._run(self.rounds.change(bucket, key, decide))
 
-    def scan(
-        self, bucket: str, prefix: str, start: str, delimiter: str
-    ) -> Iterator[zs3.ObjectInfo]:
-        """See Store."""
+    def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
         empty = True
         for key, head, _ in self._entries(bucket, prefix, start, delimiter, False):
             empty = False
@@ -3139,12 +2809,7 @@ class DistributedStore:
             self._require_bucket(bucket, None)
 
     def _entries(
-        self,
-        bucket: str,
-        prefix: str,
-        start: str,
-        delimiter: str,
-        whole: bool,
+        self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool,
         marked: Value | None = None,
     ) -> Iterator[Entry]:
         """Live entries in key order; with their tails if `whole`. If `marked`, only owners that
@@ -3152,12 +2817,8 @@ class DistributedStore:
         position: str | None = start
         while position is not None:
             fields = {
-                "bucket": bucket,
-                "prefix": prefix,
-                "start": position,
-                "delimiter": delimiter,
-                "whole": whole,
-                "mark": marked["id"] if marked else "",
+                "bucket": bucket, "prefix": prefix, "start": position, "delimiter": delimiter,
+                "whole": whole, "mark": marked["id"] if marked else "",
             }
             if marked:  # whatever any of them has accepted
                 steps = self.rounds.gather("page", bucket, fields, "entries", change_quorum)
@@ -3168,8 +2829,7 @@ class DistributedStore:
             yield from found
 
     def _settled_pages(self, bucket: str, fields: Message) -> list[Message]:
-        """Pages of a read quorum, and one that overrules them: of the keys on which they do not
-        agree, read one by one."""
+        """Pages of a read quorum, and one that overrules them: what they leave in doubt, read."""
         steps = self.rounds.gather(
             "page", bucket, fields, "entries", read_quorum, lambda *said: not doubtful(*said)
         )
@@ -3182,24 +2842,16 @@ class DistributedStore:
         return [*answers.values(), {"entries": read, "more": False}]
 
     def concatenate(
-        self,
-        bucket: str,
-        key: str,
-        parts: Sequence[zs3.ObjectInfo],
-        info: zs3.ObjectInfo,
-        condition: zs3.Condition,
-    ) -> zs3.ObjectInfo:
-        """See Store. Moves no bytes, but those of parts so small that they are inline."""
-        self._require_bucket(bucket, None)
-        if condition != zs3.NO_CONDITION:
-            self._check(bucket, key, condition)
+        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
+        condition: Condition,
+    ) -> ObjectInfo:
+        """Moves no bytes, but those of parts so small that they are inline."""
+        self._check(bucket, key, condition)
         with self._pinned() as pin:
             stored = self._join(parts, pin)
             return self._commit(bucket, key, info, stored, condition)
 
-    def _join(
-        self, parts: Sequence[zs3.ObjectInfo], pin: Callable[[Collection[str]], None]
-    ) -> Value:
+    def _join(self, parts: Sequence[ObjectInfo], pin: Pin) -> Value:
         """The fields of a value that say where the parts' bytes are."""
         wanted = {part.key: part.etag for part in parts}
         values: dict[str, Value] = {}
@@ -3213,9 +2865,12 @@ class DistributedStore:
         segments: list[Any] = []
         for part in parts:
             value = values[part.key]
-            if "inline" in value:
+            if value.get("inline"):
                 data = base64.b64decode(value["inline"])
-                segments += self._store_small(data, pin) if data else []
+                block = block_hash(data)
+                pin([block])
+                self.cluster.store(block, data)
+                segments.append([len(data), block])
             segments += value.get("blocks", [])
         hashes = blocks_of({"blocks": segments})
         if len(hashes) > MAX_OBJECT_BLOCKS:
@@ -3224,17 +2879,10 @@ class DistributedStore:
         self._keep(hashes)
         return {"blocks": segments} if segments else {"inline": ""}
 
-    def _store_small(self, data: bytes, pin: Callable[[Collection[str]], None]) -> list[Any]:
-        block = block_hash(data)
-        pin([block])
-        self.cluster.store(block, data)
-        return [[len(data), block]]
-
     # --- Peers' requests ---
 
     def internal(self, request: zs3.Request) -> zs3.Response:
-        """See Store. GET of `ping`, `peers` and `providers/HASH` is for anyone; all else is for
-        peers."""
+        """GET of `ping`, `peers` and `providers/HASH` is for anyone; all else is for peers."""
         name, _, argument = request.path.removeprefix("/_zs3/").partition("/")
         if request.method in ("GET", "HEAD"):
             return self._open_page(name, argument)
@@ -3309,20 +2957,12 @@ class DistributedStore:
         with self.node.table_lock:
             peers = len(self.node.table.contacts())
         return {
-            "node": node_hex(self.node.own.node),
-            "address": self.node.own.address,
-            "joined": self.cluster.joined.is_set(),
-            "epoch": view.epoch if view else 0,
-            "members": len(view.members) if view else 0,
-            "joining": bool(view and view.previous),
-            "objects": self.node.registers.objects,
-            "blocks": self.node.blocks.count,
-            "bytes": self.node.blocks.total_bytes,
-            "peers": peers,
-            **{
-                name: self.counts[name]
-                for name in ("repairs", "healed", "collected", "buried", "pulled")
-            },
+            "node": node_hex(self.node.own.node), "address": self.node.own.address,
+            "joined": self.cluster.joined.is_set(), "epoch": view.epoch if view else 0,
+            "members": len(view.members) if view else 0, "joining": bool(view and view.previous),
+            "objects": self.node.registers.objects, "blocks": self.node.blocks.count,
+            "bytes": self.node.blocks.total_bytes, "peers": peers,
+            **{name: self.counts[name] for name in COUNTED},
         }
 
 
@@ -3332,8 +2972,7 @@ def json_response(status: int, body: Message) -> zs3.Response:
 
 
 def read_body(request: zs3.Request, limit: int) -> bytearray:
-    """The whole body of a peer's request. ValueError when it is longer than `limit` or has no
-    length."""
+    """The whole body of a peer's request. ValueError unless it has a length within `limit`."""
     declared = request.header("content-length")
     need(declared.isdecimal() and int(declared) <= limit, "length")
     data = bytearray(int(declared))
@@ -3356,9 +2995,8 @@ class Housekeeping:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers, self.blocks = store.node.registers, store.node.blocks
         self.grace, self.tombstone_grace = grace, tombstone_grace
-        self._suspects: dict[
-            str, tuple[float, float]
-        ] = {}  # unused block -> (since, its touch time)
+        # unused block -> (since, its touch time)
+        self._suspects: dict[str, tuple[float, float]] = {}
         self._published = -REPUBLISH_SECONDS
 
     # --- Catching up ---
@@ -3388,7 +3026,7 @@ class Housekeeping:
         while more:
             answer = self.cluster.call("changes", {"epoch": view.epoch, "since": since}, contact)
             if answer is None or "entries" not in answer:
-                self._views(answer, contact)
+                self.cluster.share_views({contact.node: answer or {}}, [contact])
                 return False
             if not self._take(view, contact, answer["entries"]):
                 return False
@@ -3399,14 +3037,6 @@ class Housekeeping:
                 epoch, since = view.epoch, answer["upto"]
                 self.registers.set_meta(place, f"{epoch} {since}")
         return True
-
-    def _views(self, answer: Message | None, contact: Contact) -> None:
-        """One of the two does not know the newest view."""
-        if answer and "views" in answer:
-            self.cluster.adopt(answer["views"])
-        elif answer and "behind" in answer:
-            views = self.registers.views_after(answer["behind"])
-            self.cluster.call("views", {"views": views}, contact)
 
     def _take(self, view: View, contact: Contact, entries: Sequence[Sequence[Any]]) -> bool:
         lacking: list[tuple[str, str]] = []
@@ -3434,23 +3064,18 @@ class Housekeeping:
         if answer is None or "slots" not in answer:
             return 0
         slots = answer["slots"]
-        for (bucket, key), (accepted, chosen, value) in zip(places, slots, strict=False):
-            if value is not None and not self.registers.offer(
-                view.epoch, bucket, key, accepted, chosen, value
-            ):
-                self.cluster.run(self.cluster.rounds.repair(bucket, key))
+        for place, slot in zip(places, slots, strict=False):
+            if not self.registers.offer(view.epoch, *place, *slot):
+                self.cluster.run(self.cluster.rounds.repair(*place))
             self.store.counts["pulled"] += 1
         return len(slots)
 
     # --- Tombstones ---
 
     def bury(self) -> None:
-        """Drop tombstones that are older than the grace and that every owner has.
-
-        The clock only says when to ask. What keeps a deleted key from coming back is that no owner
-        has anything older than the tombstone any more, and that all promise not to accept it
-        (`floors`).
-        """
+        """Drop tombstones that are older than the grace and that every owner has. The clock only
+        says when to ask. What keeps a deleted key from coming back is that no owner has anything
+        older than the tombstone any more, and that all promise not to accept it (`floors`)."""
         view = self.cluster.view()
         after = ("", "")
         while True:
@@ -3471,14 +3096,12 @@ class Housekeeping:
             if self.cluster.run(self.cluster.rounds.bucket(bucket)) is None:
                 self.cluster.run(self.cluster.rounds.repair(bucket, key))
 
-    def _everywhere(
-        self, view: View, graves: list[tuple[str, str, str]]
-    ) -> list[tuple[str, str, str]]:
+    def _everywhere(self, view: View, graves: list[Grave]) -> list[Grave]:
         """Those of `graves` that all owners have."""
-        lacking: set[tuple[str, str, str]] = set()
-        owners: dict[Contact, list[tuple[str, str, str]]] = {}
+        lacking: set[Grave] = set()
+        owners: dict[Contact, list[Grave]] = {}
         for grave in graves:
-            for contact in {contact for group in view.groups(grave[0]) for contact in group}:
+            for contact in everyone(view.groups(grave[0])):
                 owners.setdefault(contact, []).append(grave)
         for contact, asked in owners.items():
             answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
@@ -3490,8 +3113,7 @@ class Housekeeping:
     # --- Blocks ---
 
     def tend(self) -> None:
-        """One walk over this node's blocks: collect garbage, restore replicas, announce what is
-        here."""
+        """One walk over the blocks here: collect garbage, restore replicas, announce the rest."""
         announce = self.cluster.node.clock() - self._published > REPUBLISH_SECONDS
         walk = (block for block, _ in self.blocks.walk())
         suspects: dict[str, tuple[float, float]] = {}
@@ -3512,11 +3134,9 @@ class Housekeeping:
             LOG.info("garbage collection freed %d bytes", freed)
 
     def _used(self, blocks: Sequence[str]) -> list[bool] | None:
-        """Which of the blocks any record or operation needs; None unless every node has answered.
-
-        A quorum would do for what was acknowledged. But one silent owner may have accepted a change
-        whose outcome nobody knows; the next reader that meets it there would finish it.
-        """
+        """Which of the blocks any record or operation needs; None unless every node has answered. A
+        quorum would do for what was acknowledged. But one silent owner may have accepted a change
+        whose outcome nobody knows; the next reader that meets it there would finish it."""
         everybody = self.cluster.view().everybody()
         answers = self.cluster.call_all("used", {"hashes": blocks}, everybody)
         if len(answers) < len(everybody):
@@ -3524,8 +3144,7 @@ class Housekeeping:
         return [any(said) for said in zip(*(a["used"] for a in answers.values()), strict=True)]
 
     def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
-        """Remove what was unused and untouched for the grace; the others stay suspects. Returns
-        bytes."""
+        """Remove what was unused and untouched for the grace; the rest stay suspects. In bytes."""
         freed, now = 0, self.cluster.node.clock()
         for block in unused:
             touched = self.blocks.touched(block)
@@ -3542,8 +3161,7 @@ class Housekeeping:
         return freed
 
     def _replicate(self, blocks: list[str], announce: bool) -> None:
-        """Have each block on the live members nearest to it; drop a copy that nobody looks for
-        here."""
+        """Have each block on the live members nearest to it; drop a copy that is no use here."""
         if not blocks:
             return
         view, own = self.cluster.view(), self.node.own
@@ -3585,11 +3203,8 @@ class Housekeeping:
             self.cluster.call("provide", {"hashes": hashes}, contact)
 
     def touch_pinned(self) -> None:
-        """Touch the blocks of operations under way, in case this node cannot be asked about its
-        pins."""
-        blocks = self.node.pins.list()
-        for start in range(0, len(blocks), BATCH):
-            self.cluster.have(blocks[start : start + BATCH], touch=True)
+        """Touch the blocks of operations under way, in case nobody can ask about our pins."""
+        self.cluster.touch(self.node.pins.list())
 
     def scrub(self) -> None:
         """Read every block once, slowly; one that went bad is set aside and fetched anew."""
@@ -3636,14 +3251,17 @@ class Job:
 class Membership:
     """How this node becomes and stays a member, and learns of others."""
 
-    def __init__(self, store: DistributedStore, bootstrap: Sequence[str], replicas: int) -> None:
+    def __init__(
+        self, store: DistributedStore, bootstrap: Iterable[str], replicas: int,
+        forget_after: float = math.inf, discovering: bool = False, ordered: int | None = None,
+    ) -> None:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers = store.node.registers
-        self.bootstrap = set(bootstrap)
-        self.discovered: dict[str, int] = {}  # address -> node id, from multicast
-        self.replicas = replicas
-        self.discovering = False
-        self.forget_after = math.inf  # seconds of silence
+        self.bootstrap, self.replicas, self.discovering = set(bootstrap), replicas, discovering
+        self.forget_after = forget_after  # seconds of silence
+        self.ordered = ordered  # whom the operator orders to forget
+        self.obeyed = False
+        self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
         self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
         self.alone_since = time.monotonic()
@@ -3654,35 +3272,29 @@ class Membership:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
         member = view.member(self.node.own.node) if view else None
-        if view is not None and member == self.node.own:
+        if view is None:
+            self._find_cluster()
+        elif member == self.node.own:
             if not self.cluster.joined.is_set():
                 # It may have been forgotten meanwhile: ask before answering anybody.
                 self._hello_all(view)
             self.cluster.check_membership()
             if len(view.members) == 1:
                 self._merge(view)
-            return
-        if view is not None and member is not None and len(view.members) == 1:
-            self._enter()  # alone, at a new address
-            return
-        if view is not None:
-            self._hello_all(view)
+        else:
+            if member is None or len(view.members) > 1:  # else it is alone, at a new address
+                self._hello_all(view)
             self._enter()
-            return
-        self._find_cluster()
 
     def _addresses(self) -> list[str]:
-        return sorted((self.bootstrap | set(self.discovered)) - {self.node.own.address})
+        return sorted((self.bootstrap | self.discovered) - {self.node.own.address})
 
     def _ask(self, address: str) -> Message | None:
-        """hello to an address whose node is not known. None when no peer of this cluster answers
-        there."""
-        view = self.registers.view
-        return self.cluster.call("hello", {"epoch": view.epoch if view else 0}, Contact(0, address))
+        """hello to an address whose node is not known; None when no peer of ours is there."""
+        return self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
 
     def _find_cluster(self) -> None:
-        """A fresh node: enter the cluster that the others are in; found one if there is none to
-        find."""
+        """A fresh node: enter the cluster that others are in; found one if there is none."""
         fresh: list[int] = []
         silent = False
         for address in self._addresses():
@@ -3693,21 +3305,16 @@ class Membership:
                 return self._install(answer)
             else:
                 fresh.append(contact_field(answer["contact"]).node)
-        founds = not self.bootstrap and not self.discovering
+        told = self.bootstrap or self.discovering  # that there may be others
         waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
         listed = self.node.own.address in self.bootstrap or self.discovering
-        if (
-            listed
-            and waited
-            and not silent
-            and self.node.own.node < min(fresh, default=1 << ID_BITS)
-        ):
-            founds = True
-        if not founds and not self.waiting:
+        first = self.node.own.node < min(fresh, default=math.inf)
+        if told and not (listed and waited and first and not silent):
+            if not self.waiting:
+                where = ", ".join(self._addresses()) or "the multicast group"
+                LOG.info("waiting for a node of this cluster (with the same secret) at %s", where)
             self.waiting = True
-            addresses = ", ".join(self._addresses()) or "the multicast group"
-            LOG.info("waiting for a node of this cluster (with the same secret) at %s", addresses)
-        if founds:
+        else:
             view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
             self.registers.install([view])
             self.cluster.check_membership()
@@ -3718,10 +3325,8 @@ class Membership:
         self._enter()
 
     def _enter(self) -> None:
-        """Have a view decided of which this node is a member, at its present address.
-
-        Who was a member at this address before, under another id, lost its disk: it is replaced.
-        """
+        """Have a view decided of which this node is a member, at its present address. Who was a
+        member at this address before, under another id, lost its disk: it is replaced."""
         own = self.node.own
 
         def make(view: View) -> View | None:
@@ -3735,18 +3340,16 @@ class Membership:
         LOG.info("node %s is a member, at %s", node_hex(own.node), own.address)
 
     def _merge(self, view: View) -> None:
-        """A cluster of one node without a bucket that meets another cluster gives itself up for
-        it."""
+        """A cluster of one node without a bucket gives itself up for another that it meets."""
         if self.registers.buckets():
             return
         for address in self._addresses():
-            answer = self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
+            answer = self._ask(address)
             if answer is None or not answer["views"]:
                 continue
             other = View.from_json(answer["views"][-1])
-            if other.cluster == view.cluster:
-                continue
-            if not answer["idle"] or other.members[0].node < self.node.own.node:
+            gives_up = not answer["idle"] or other.members[0].node < self.node.own.node
+            if other.cluster != view.cluster and gives_up:
                 self.cluster.joined.clear()
                 return self._install(answer)
 
@@ -3763,8 +3366,7 @@ class Membership:
                 self._decide(view, after)
 
     def _decide(self, view: View, after: View) -> None:
-        """Decide the view that follows `view`: `after`, or what somebody else had decided
-        already."""
+        """Decide the view that follows `view`: `after`, or what somebody else decided already."""
         value = {"id": secrets.token_hex(8), "view": after.as_json()}
 
         def voters(now: View) -> Groups:
@@ -3786,25 +3388,21 @@ class Membership:
         the other (`--forget`): what was acknowledged, both had accepted."""
         alone = len(now.members) == 2 and after.members == (self.node.own,)
         complete = not now.previous or self.registers.synced == now.epoch
-        if self.forgetting and alone and complete:
+        if self.ordered is not None and alone and complete:
             return ((self.node.own,),)
         return now.groups(VIEWS)
-
-    forgetting = False
 
     def settle(self) -> None:
         """End a joint view when enough members have all that was known before it (section 7)."""
         view = self.cluster.view()
         if not view.previous:
             return
-        synced = {self.node.own.node: self.registers.synced}
-        for contact in view.members:
-            if contact != self.node.own and not self.cluster.peers.skipped(contact.node):
-                answer = self.cluster.call("hello", {"epoch": view.epoch}, contact)
-                synced[contact.node] = answer["synced"] if answer else 0
-        lacking = sum(synced.get(contact.node, 0) < view.epoch for contact in view.members)
-        if lacking < read_quorum(min(view.replicas, len(view.members))):
-            self.propose(lambda now: now.settled() if now.epoch == view.epoch else None)
+        asked = [c for c in view.members if not self.cluster.peers.skipped(c.node)]
+        answers = self.cluster.call_all("hello", {"epoch": view.epoch}, asked)
+        synced = sum(answer["synced"] >= view.epoch for answer in answers.values())
+        if len(view.members) - synced < read_quorum(min(view.replicas, len(view.members))):
+            stable = replace(view, epoch=view.epoch + 1, previous=())
+            self.propose(lambda now: stable if now.epoch == view.epoch else None)
 
     def forget(self, node: int) -> None:
         """Have a view decided without `node`."""
@@ -3813,10 +3411,18 @@ class Membership:
             if view.member(node) is None:
                 return None
             after = view.with_members(c for c in view.members if c.node != node)
-            return after.alone() if self.forgetting and len(view.members) == 2 else after
+            if self.ordered is not None and len(view.members) == 2:
+                return replace(after, previous=())  # the operator says that it is gone for good
+            return after
 
         self.propose(make)
         LOG.warning("node %s was forgotten", node_hex(node))
+
+    def obey(self) -> None:
+        """Forget whom the operator orders to forget, once."""
+        if self.ordered is not None and not self.obeyed:
+            self.forget(self.ordered)
+            self.obeyed = True
 
     # --- Staying one ---
 
@@ -3834,32 +3440,28 @@ class Membership:
 
     def _hello_all(self, view: View) -> None:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
-        replies = self.cluster.tell("hello", {"epoch": view.epoch}, contacts)
         self.heard[self.node.own.node] = time.monotonic()
-        for contact in contacts:
-            answer = replies.get(contact.node, Reply(0)).json()
-            if answer is not None:
-                self.heard[contact.node] = time.monotonic()
-                self.cluster.adopt(answer["views"])
+        for node, answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).items():
+            self.heard[node] = time.monotonic()
+            self.cluster.adopt(answer["views"])
 
     def _refresh(self) -> None:
-        """Keep the routing table: ping who may be gone, look up ids in k-buckets that fell
-        silent."""
+        """Keep the routing table: ping who may be gone, look up ids in silent k-buckets."""
         with self.node.table_lock:
             doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
             targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
         view = self.cluster.known_view()
-        for contact in doubted:
-            if self.cluster.call("hello", {"epoch": view.epoch}, contact) is None:
-                with self.node.table_lock:
+        there = self.cluster.call_all("hello", {"epoch": view.epoch}, doubted)
+        with self.node.table_lock:
+            for contact in doubted:
+                if contact.node not in there:
                     self.node.table.failed(contact)
         for target in targets:
             self.cluster.find(target)
         self.node.providers.expire(self.node.clock())
 
     def probe(self) -> None:
-        """hello to members that did not answer lately, so that no client's request need find
-        out."""
+        """hello to members that did not answer lately, so that no client's request finds out."""
         view = self.cluster.known_view()
         silent = [c for c in view.everybody() if self.cluster.peers.skipped(c.node)]
         self.cluster.tell("hello", {"epoch": view.epoch}, silent)
@@ -3867,10 +3469,9 @@ class Membership:
     # --- Discovery on the local network ---
 
     def announce(self) -> None:
-        """Tell the multicast group where this node is. The packet proves that it is of this
-        cluster."""
-        text = pack([*self.node.own.as_json()])
-        packet = hmac.digest(bytes.fromhex(self.store.seal.secret), text, "sha256") + text
+        """Tell the multicast group where this node is, with proof that it is of this cluster."""
+        text = pack(self.node.own.as_json())
+        packet = self.store.seal.mark(text) + text
         with contextlib.closing(multicast_socket(self.node.own.address)) as sender:
             sender.sendto(packet, DISCOVERY_GROUP)
 
@@ -3883,22 +3484,19 @@ class Membership:
             receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
             receiver.settimeout(1.0)
             while not self.store.closing.is_set():
-                with contextlib.suppress(
-                    TimeoutError, ValueError
-                ):  # nothing heard, or no packet of ours
+                # Nothing was heard, or no packet of ours.
+                with contextlib.suppress(TimeoutError, ValueError):
                     self._heard_packet(receiver.recv(1024))
 
     def _heard_packet(self, packet: bytes) -> None:
-        proof = hmac.digest(bytes.fromhex(self.store.seal.secret), packet[32:], "sha256")
-        if hmac.compare_digest(proof, packet[:32]):
+        if hmac.compare_digest(self.store.seal.mark(packet[32:]), packet[:32]):
             contact = contact_field(json.loads(packet[32:]))
             if contact.node != self.node.own.node and len(self.discovered) < MAX_MEMBERS:
-                self.discovered[contact.address] = contact.node
+                self.discovered.add(contact.address)
 
 
 def interface_of(host: str) -> str:
-    """The IPv4 address of the interface that a host's address is on; 0.0.0.0 lets the kernel
-    choose."""
+    """The IPv4 address of the interface of a host; 0.0.0.0 lets the kernel choose."""
     try:
         return socket.gethostbyname(host)
     except OSError:
@@ -3906,8 +3504,7 @@ def interface_of(host: str) -> str:
 
 
 def multicast_socket(address: str) -> socket.socket:
-    """A UDP socket whose multicasts leave by the interface of `address` and are heard on this
-    machine too."""
+    """A UDP socket that multicasts by the interface of `address`, to this machine too."""
     one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     interface = socket.inet_aton(interface_of(address.rpartition(":")[0]))
@@ -3962,8 +3559,7 @@ def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Crede
 def open_store(
     args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]
 ) -> DistributedStore:
-    """The store of a node of a cluster, as the command line asks for it. `start` begins its
-    jobs."""
+    """The store of a node of a cluster, as the command line asks for it."""
     for address in args.bootstrap:
         if not ADDRESS.fullmatch(address):
             raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
@@ -3979,12 +3575,13 @@ def open_store(
 
 
 def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
-    """What runs in the background, and how often: all intervals follow from
-    --gossip-interval-ms."""
+    """What runs in the background, and how often, which follows from --gossip-interval-ms."""
     gossip = args.gossip_interval_ms / 1000
     keep = Housekeeping(store, args.gc_grace, args.tombstone_grace)
-    member = Membership(store, args.bootstrap, args.replicas)
-    member.forget_after = max(FORGET_ROUNDS * gossip, args.tombstone_grace)
+    member = Membership(
+        store, args.bootstrap, args.replicas, max(FORGET_ROUNDS * gossip, args.tombstone_grace),
+        args.discover, int(text_field(NODE)(args.forget), 16) if args.forget else None,
+    )
     steps: list[tuple[Callable[[], None], float]] = [
         (member.join, 0.5),
         (member.settle, 0.3),
@@ -3996,26 +3593,8 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
         (keep.touch_pinned, max(args.gc_grace / 3, 0.2)),
         (keep.scrub, SCRUB_ROUNDS * gossip),
     ]
-    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]
     if args.discover:
-        member.discovering = True
-        store.jobs += [
-            Job(store, member.announce, DISCOVERY_SECONDS),
-            Job(store, member.listen, 1.0),
-        ]
+        steps += [(member.announce, DISCOVERY_SECONDS), (member.listen, 1.0)]
     if args.forget:
-        node = int(text_field(NODE)(args.forget), 16)
-        member.forgetting = True
-        store.jobs.append(Job(store, once(lambda: member.forget(node)), 1.0))
-
-
-def once(step: Callable[[], None]) -> Callable[[], None]:
-    """A step that does nothing after it has succeeded."""
-    done = threading.Event()
-
-    def forget() -> None:
-        if not done.is_set():
-            step()
-            done.set()
-
-    return forget
+        steps.append((member.obey, 1.0))
+    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]

@@ -1462,7 +1462,7 @@ PLANTED = (
     ),
     Planted(
         "a read does not finish a change that it found half-way",
-        {"if not top.settled:\n" + " " * 20 + "return": "if False:\n" + " " * 20 + "return"},
+        {"if not top.settled:\n" + " " * 12 + "return": "if False:\n" + " " * 12 + "return"},
         lambda number, modules: chaos(number, 20, 3, ("slow", "one-way", "partition"), modules),
     ),
     Planted(
