@@ -6012,6 +6012,46 @@ def test_a_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
     assert [get(node) for node in nodes] == ["", "", ""]
 
 
+def test_a_chosen_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That it was chosen once does not say that nothing followed it."""
+    net, nodes = owners(1)
+    put(nodes[0], OLD)
+    new = net.clusters[net.add().own.node]
+    views = nodes[0].node.registers.views_after(0)
+    new.node.registers.install([View.from_json(view) for view in views])
+    come_back(net, new)
+    nodes.append(new)
+    deliver = net.deliver
+
+    def slow(name: str, *rest: Any) -> Message | None:
+        answer = deliver(name, *rest)
+        if name == "values":
+            monkeypatch.undo()
+            delete_for_good(net, nodes)
+        return answer
+
+    monkeypatch.setattr(net, "deliver", slow)
+    housekeeping(new)[0].pull()
+    assert net.deliver == deliver  # it was asked for
+    assert [get(node) for node in nodes] == ["", ""]
+
+
+def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> None:
+    """The accept carries the bucket's record along, as chosen; its tombstone was dropped."""
+    net, nodes = owners(3)
+    steps = nodes[0].rounds.change("bucket", "k", lambda current: value_of(OLD))
+    accept = steps.send(reaching(net, nodes[0], next(steps), *nodes))
+    store = DistributedStore(nodes[0], None)  # type: ignore[arg-type]
+    store.delete_bucket("bucket")
+    for node in nodes:
+        housekeeping(node, -1.0)[0].bury()
+    answers = reaching(net, nodes[0], accept, nodes[2])
+    assert answers[nodes[2].own.node] == {"closed": True}
+    assert store.list_buckets() == []
+
+
 def test_a_value_below_a_promise_is_pulled_by_a_round_of_its_register() -> None:
     """Taken as it is, it would be shown, and then replaced by one that was decided without it."""
     net, nodes = owners(3)
@@ -6037,6 +6077,29 @@ def test_of_two_owners_either_shows_alone_what_both_have_accepted() -> None:
         put(nodes[0], NEW)
         net.down = {nodes[1 - alone].own.node}
         assert get(nodes[alone]) == NEW
+
+
+def test_the_owners_of_made_up_buckets_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zs3_dist, "MAX_KNOWN_BUCKETS", 3)
+    view = View("0" * 16, 1, 3, tuple(Contact(node, f"sim:{node}") for node in range(1, 9)))
+    first = view.groups("one")
+    for name in ("two", "three"):
+        view.groups(name)
+    assert view.groups("one") is first, "three are remembered"
+    view.groups("four")
+    assert view.groups("one") == first and view.groups("one") is not first
+
+
+def test_an_accept_that_comes_twice_does_not_forget_that_it_was_chosen() -> None:
+    net, nodes = owners(2)
+    put(nodes[0], OLD)
+    epoch = nodes[0].known_view().epoch
+    value = {**value_of(NEW), "base": ""}
+    place = {"key": "k", "ballot": f"{epoch:08x}{99:012x}{7:016x}"}
+    accept = {**place, "value": value, "chosen": False, "basis": None}
+    for name, fields in (("accept", accept), ("learn", place), ("accept", accept)):
+        assert say(net, nodes[1], name, **fields) == {"done": True}
+    assert say(net, nodes[1], "read", key="k", known="")["chosen"]
 
 
 def test_of_two_owners_neither_shows_alone_what_the_other_may_not_have() -> None:
@@ -6471,6 +6534,23 @@ def test_an_answer_without_the_cluster_key_is_no_answer() -> None:
 
 
 # --- Blocks ---
+
+
+def test_a_block_that_was_healed_while_it_was_found_bad_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, good = zs3_dist.Blocks(tmp_path), b"x" * 1000
+    name = zs3_dist.block_hash(good)
+    blocks.put(name, b"y" * 1000)
+
+    def heals_first(data: bytes) -> str:
+        monkeypatch.undo()
+        blocks.put(name, good)
+        return zs3_dist.block_hash(data)
+
+    monkeypatch.setattr(zs3_dist, "block_hash", heals_first)
+    assert blocks.get(name) is None
+    assert blocks.get(name) == good and (blocks.count, blocks.total_bytes) == (1, 1000)
 
 
 def test_blocks_are_verified_set_aside_and_counted(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ MESSAGE_BYTES = 12 << 20  # JSON of one message; a record of MAX_OBJECT_BLOCKS f
 BATCH = 1000  # hashes or keys in one message
 PAGE_BYTES = 1 << 20  # answers of many entries stop after this much
 MAX_MEMBERS = 1000  # nodes in a view
+MAX_KNOWN_BUCKETS = 10_000  # whose owners are remembered, under names that may be made up
 
 CONNECT_SECONDS = 2.0  # also how long one small answer may take
 BLOCK_SECONDS = 10.0  # how long storing or fetching one block may take
@@ -651,8 +652,11 @@ class Peers:
         if calls:
             with self._lock:
                 self._late.update(calls)
-            with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
-                self._wake_write.send(b"x")
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
+            self._wake_write.send(b"x")
 
     def _collect_late(self) -> None:
         while not self.closed:
@@ -693,7 +697,7 @@ class Peers:
         with self._lock:
             links = [link for idle in self._idle.values() for link in idle]
             self._idle.clear()
-        self._wake_write.send(b"x")
+        self._wake()
         for link in links:
             link.close()
 
@@ -960,14 +964,16 @@ class Blocks:
             return None
         if block_hash(data) == block:
             return data
-        self._set_aside(block, len(data))
+        self._set_aside(block, data)
         return None
 
-    def _set_aside(self, block: str, size: int) -> None:
-        LOG.warning("block %s does not match its name: set aside", block)
+    def _set_aside(self, block: str, bad: bytes) -> None:
+        path = self.path(block)
         with self._lock(block), contextlib.suppress(FileNotFoundError):  # another reader did
-            self.path(block).replace(self.bad / block)
-            self._counted(-1, -size)
+            if path.read_bytes() == bad:  # else it was healed meanwhile
+                LOG.warning("block %s does not match its name: set aside", block)
+                path.replace(self.bad / block)
+                self._counted(-1, -len(bad))
 
     def touch(self, block: str) -> bool:
         """Mark the block as wanted now. False when it is not here."""
@@ -1132,6 +1138,8 @@ class View:
         """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
         previous owners. For VIEWS, all members."""
         if bucket not in self._groups:
+            if len(self._groups) >= MAX_KNOWN_BUCKETS:  # of names that clients make up
+                self._groups.clear()
             target = target_of(bucket.encode())
             count = MAX_MEMBERS if bucket == VIEWS else self.replicas
             both = filter(None, (self.members, self.previous))
@@ -1474,6 +1482,7 @@ class Registers:
                 self._take_over(bucket, "", *basis)
             if live(value) and bucket_state(self.basis(bucket, key)) != "open":
                 return {"closed": True}
+            chosen = chosen or (slot.chosen and slot.accepted == ballot)  # the message came twice
             self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
             return {"done": True}
 
@@ -1499,8 +1508,8 @@ class Registers:
         slot = self.slot(bucket, key)
         if accepted <= slot.accepted or value is None:
             return True
-        if not slot.accepted and not live(value) and accepted <= self.floor(bucket):
-            return True  # a tombstone that was dropped here
+        if not slot.accepted and accepted <= self.floor(bucket):
+            return live(value) is None  # a tombstone that was dropped here, or what it had replaced
         if accepted < slot.promised and not chosen:
             return False
         promised = max(accepted, slot.promised)
@@ -2779,12 +2788,14 @@ class DistributedStore:
     def copy_object(
         self, info: ObjectInfo, content: zs3.Content, bucket: str, key: str, condition: Condition
     ) -> ObjectInfo:
-        """Moves no bytes; the content, as long as it is open, pins the blocks."""
+        """Moves no bytes."""
         assert isinstance(content, StoredContent)
         fields = ("blocks", "inline")
         stored: Value = {name: content.value[name] for name in fields if name in content.value}
-        self._keep(blocks_of(content.value))
-        return self._commit(bucket, key, info, stored, condition)
+        with self._pinned() as pin:
+            pin(blocks_of(content.value))
+            self._keep(blocks_of(content.value))
+            return self._commit(bucket, key, info, stored, condition)
 
     def _keep(self, blocks: Sequence[str]) -> None:
         """Have pinned blocks where they should be, even if their last record went meanwhile."""
