@@ -1191,10 +1191,10 @@ def report(result: dict[str, Any]) -> None:
 PANELS = [  # title, row and what of it, or a fact of the server; drawn when it was measured
     ("GET 1 KB, 1 connection: requests/s", "GET 1KB c1", "rate"),
     ("GET 1 KB, 50 connections: requests/s", "GET 1KB c50", "rate"),
-    ("GET 1 KB, 50 connections: p99 in ms, less is better", "GET 1KB c50", "p99"),
+    ("GET 1 KB, c50: p99 in ms, less is better", "GET 1KB c50", "p99"),
     ("PUT 1 KB, 1 connection: requests/s", "PUT 1KB c1", "rate"),
     ("PUT 1 KB, 50 connections: requests/s", "PUT 1KB c50", "rate"),
-    ("PUT 1 KB, 50 connections: p99 in ms, less is better", "PUT 1KB c50", "p99"),
+    ("PUT 1 KB, c50: p99 in ms, less is better", "PUT 1KB c50", "p99"),
     ("PUT 64 MB, 1 connection: MB/s", "PUT 64MB c1", "rate"),
     ("GET 64 MB, 1 connection: MB/s", "GET 64MB c1", "rate"),
     ("LIST, 1,000 of 100,000 keys: pages/s", "LIST 1000of100K c1", "rate"),
