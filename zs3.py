@@ -119,7 +119,7 @@ CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
-TURN_SECONDS = 0.05  # a request waits this long for those before it, then no longer
+TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
 FULL_SECONDS = 0.1  # between two tries to accept a connection at the limit of open files
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
@@ -216,6 +216,17 @@ class S3Error(Exception):
         self.headers: dict[str, str] = headers or {}
         self.details = details
         super().__init__(f"{code}: {self.message}")
+
+
+def as_s3_error(error: S3Error | OSError) -> S3Error:
+    """What the client is told; raises what only a bug can be."""
+    if isinstance(error, S3Error):
+        return error
+    code = OS_ERRORS.get(error.errno or 0)
+    if code is None:
+        raise error
+    LOG.error("%s", error)
+    return S3Error(code)
 
 
 # ===== 3 Wire encoding =====
@@ -799,9 +810,10 @@ class WireBody(io.RawIOBase):
 
     def is_here(self) -> bool:
         """Whether all of it has come already, so that reading it will not wait."""
-        if self.ended or self._chunked or not isinstance(self._wire, Wire):
-            return self.ended
-        return self._left <= self._wire.buffered()
+        return self.ended or (
+            not self._chunked and isinstance(self._wire, Wire)
+            and self._left <= self._wire.buffered()
+        )
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
@@ -1116,9 +1128,12 @@ class Body:
         block, spare = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
         hashing: list[Future[None]] = []
         with ThreadPoolExecutor(len(digests)) as threads:
-            while got := self._fill(block):
+            while True:
+                got = self._fill(block)
                 for each in hashing:
                     each.result()
+                if not got:
+                    return
                 hashing = [threads.submit(d.update, block[:got]) for d in digests.values()]
                 yield block[:got]
                 block, spare = spare, block
@@ -1355,7 +1370,7 @@ class Store(Protocol):
     """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
     UPLOADS is always there and never listed. What a method changes is changed when it returns."""
 
-    asks_others: bool  # to do what it does, it may have to wait for other machines
+    waits: bool  # what it does may have to wait, for other machines or for a disk's flush
 
     def start(self) -> None:
         """Begin whatever runs in the background: the server is about to answer."""
@@ -1489,7 +1504,9 @@ class DirectoryCache:
             replaced = self._entries.get(path)
             self._entries[path] = (identity, names)
             self._entries.move_to_end(path)
-            self._names += len(names) - (len(replaced[1]) if replaced else -DIRECTORY_NAMES)
+            self._names += len(names) + DIRECTORY_NAMES
+            if replaced is not None:
+                self._names -= len(replaced[1]) + DIRECTORY_NAMES
             while self._names > MAX_CACHED_NAMES:
                 _, (_, dropped) = self._entries.popitem(last=False)
                 self._names -= len(dropped) + DIRECTORY_NAMES
@@ -1541,11 +1558,10 @@ class FileStore:
     and then renamed into place: bytes and description appear, and are replaced, together."""
 
     XATTR = "user.zs3"
-    asks_others = False
 
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
-        self._fsync = fsync
+        self.waits = self._fsync = fsync
         for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
             os.makedirs(os.path.join(self._root, folder), exist_ok=True)
         self._directories = DirectoryCache()
@@ -1569,9 +1585,10 @@ class FileStore:
         that share the folder. It guards the decision what an object is: the check of a condition,
         the rename, and what goes with it. Keys share stripes: no thread may hold two."""
         stripe = zlib.crc32(f"{bucket}/{key}".encode()) % LOCK_STRIPES
-        path = f"{self._root}/.locks/" + (f"key-{stripe:02x}" if key else "bucket-00")
+        name = f"key-{stripe:02x}" if key else "bucket"
         # Opened for each holder: flock lets all in together who share what one open() gave.
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        file = os.open(f"{self._root}/.locks/{name}", flags, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -1611,7 +1628,8 @@ class FileStore:
         return True
 
     def delete_bucket(self, bucket: str) -> None:
-        """Nothing but empty directories is ever removed, so no race can lose an object."""
+        """Nothing but empty directories is ever removed, so no race can lose an object. What a PUT
+        has just described stays described: the bucket may be made anew before its rename."""
         for _ in self.scan(bucket, "", "", "/"):
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         with self._lock(bucket):
@@ -1620,10 +1638,12 @@ class FileStore:
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
                 remove_empty_folders(self._bucket_path(bucket))
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                raise S3Error("BucketNotEmpty", BucketName=bucket) from None
-            shutil.rmtree(f"{self._root}/.meta/{bucket}", ignore_errors=True)
+                raise S3Error("BucketNotEmpty", BucketName=bucket) from None  # or it is a link
+            with contextlib.suppress(OSError):  # made by hand, or the sweep will do it
+                os.unlink(self._created_path(bucket))
+                remove_empty_folders(f"{self._root}/.meta/{bucket}")
             self._sync_folder(self._root)
 
     def _bucket_path(self, bucket: str) -> str:
@@ -1885,20 +1905,19 @@ class FileStore:
         """Directories that become empty go too."""
         self._require_bucket(bucket)
         with self._lock(bucket, key):
-            current = self._current(bucket, key)
-            condition.check(current)
-            if current is None:
-                return
-            for path in reversed([*self._paths(bucket, key)]):  # the one that hides the other last
-                self._remove(path, bucket, key)
+            self._check(condition, bucket, key)
+            self._remove(self._special_path(bucket, key), bucket, key)
+            if literal := self._literal_path(bucket, key):  # it hides the other, so it is the last
+                self._remove(literal, bucket, key)
 
     def _remove(self, path: str, bucket: str, key: str) -> None:
-        """Unlink an object's file, what describes it, and the directories it leaves empty."""
+        """Unlink the file there, if there is one, what describes it, and the directories it leaves
+        empty."""
         try:
             status = file_status(path)
             os.unlink(path)
         except FileNotFoundError:
-            return  # the key's file is at its other path
+            return  # nothing is there
         self._remove_side(bucket, key, status)
         folder = os.path.dirname(path)
         self._sync_folder(folder)
@@ -1911,12 +1930,11 @@ class FileStore:
             folder = os.path.dirname(folder)
 
     def _remove_side(self, bucket: str, key: str, status: os.stat_result) -> None:
-        """Remove the side file of what had this status, if there was one; unless it is, by the
-        same size in the same tick of the file system's clock, also that of what is there now."""
+        """Remove the side file of what had this status, if there was one; unless what is there now
+        has the same: as many bytes, within one tick of the file system's clock."""
         path = self._side_path(bucket, key, status)
-        if not self._side_in_use(bucket, path):
-            with contextlib.suppress(FileNotFoundError):  # it described itself
-                os.unlink(path)
+        if os.path.exists(path) and not self._side_in_use(bucket, path):
+            os.unlink(path)
 
     def _check(self, condition: Condition, bucket: str, key: str) -> None:
         if condition != NO_CONDITION:
@@ -1943,16 +1961,18 @@ class FileStore:
         """Copy `size` bytes to the end of a file, inside the kernel where it can."""
         copied = 0
         try:
-            while copied < size:
-                count = os.copy_file_range(content.file, file, min(size - copied, GiB), copied)
-                if count == 0:
-                    raise S3Error("InternalError", "The source was cut short while it was copied.")
+            while copied < size and (
+                count := os.copy_file_range(content.file, file, min(size - copied, GiB), copied)
+            ):
                 copied += count
         except (AttributeError, OSError):
             if copied:
                 raise
             for data in content.chunks(0, size):  # no such call, or not between these file systems
                 write_all(file, memoryview(data))
+                copied += len(data)
+        if copied < size:
+            raise S3Error("InternalError", "The source was cut short while it was copied.")
 
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
@@ -1961,6 +1981,7 @@ class FileStore:
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
+        os.close(os.dup(file))  # a network file system may say only now that its disk is full
         with self._lock(bucket, info.key):
             self._check(condition, bucket, info.key)
             literal = self._literal_path(bucket, info.key)
@@ -2070,10 +2091,10 @@ class FileStore:
         """Whether a side file describes an object as it is now."""
         try:
             with open(path, "rb") as side:
-                key = json.loads(side.read())["key"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+                key = str(json.loads(side.read())["key"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return False  # gone, torn by a crash before its object appeared, or somebody else's
-        for candidate in self._paths(bucket, key):
+        for candidate in self._paths(bucket, key) if key else ():
             with contextlib.suppress(FileNotFoundError):  # try the next
                 if self._side_path(bucket, key, file_status(candidate)) == path:
                     return True
@@ -2170,8 +2191,10 @@ def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[i
 
 def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
     """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
-    for info in reversed([*store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", "")]):
-        store.delete_object(UPLOADS, info.key, NO_CONDITION)
+    folder = f"{bucket}/{upload_id}/"
+    keys = {info.key for info in store.scan(UPLOADS, folder, "", "")} | {folder + "00000"}
+    for key in sorted(keys, reverse=True):
+        store.delete_object(UPLOADS, key, NO_CONDITION)
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
@@ -2718,6 +2741,8 @@ def delete_objects(store: Store, request: Request) -> Response:
     wanted = tree.findall("Object")
     if not 1 <= len(wanted) <= MAX_DELETE_KEYS:
         raise S3Error("MalformedXML", f"You must name 1 to {MAX_DELETE_KEYS} objects.")
+    if not all(node.findtext("Key") for node in wanted):
+        raise S3Error("MalformedXML", "Each Object needs a Key.")
     store.stat_bucket(request.bucket)
     results = [delete_one(store, request.bucket, node) for node in wanted]
     if (tree.findtext("Quiet") or "").strip().lower() == "true":
@@ -2727,9 +2752,7 @@ def delete_objects(store: Store, request: Request) -> Response:
 
 def delete_one(store: Store, bucket: str, node: Element) -> Xml:
     """Delete what an Object element names; <Deleted> or <Error>."""
-    key = node.findtext("Key") or ""
-    if not key:
-        raise S3Error("MalformedXML", "Each Object needs a Key.")
+    key = node.findtext("Key", "")
     try:
         check_key(key)
         if (node.findtext("VersionId") or "null") != "null":
@@ -2737,7 +2760,8 @@ def delete_one(store: Store, bucket: str, node: Element) -> Xml:
         if node.find("Size") is not None or node.find("LastModifiedTime") is not None:
             raise S3Error("NotImplemented", "The only condition of a deletion here is an ETag.")
         store.delete_object(bucket, key, Condition(if_match=node.findtext("ETag") or None))
-    except S3Error as error:
+    except (S3Error, OSError) as raised:
+        error = as_s3_error(raised)
         return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
     return xml(Deleted=xml(Key=key))
 
@@ -3159,14 +3183,8 @@ class Service:
         """The answer, an error too. Only a bug raises."""
         try:
             response = self._serve(request)
-        except S3Error as error:
-            response = error_response(request, error)
-        except OSError as error:
-            code = OS_ERRORS.get(error.errno or 0)
-            if code is None:
-                raise
-            LOG.error("%s %s: %s", request.method, request.path, error)
-            response = error_response(request, S3Error(code))
+        except (S3Error, OSError) as error:
+            response = error_response(request, as_s3_error(error))
         response.headers.update(cors_headers(request))
         return response
 
@@ -3344,6 +3362,10 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
+# What a client that went away or stopped is: BlockingIOError is the kernel's time-out.
+GONE = (ConnectionError, BlockingIOError, TimeoutError)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection. Requests are not parsed by http.server: its parser takes several times as
     long, squeezes slashes that a signature covers, and takes heads that can be read two ways."""
@@ -3366,7 +3388,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while self._handle_next():
                 pass
-        except (ConnectionError, BlockingIOError):
+        except GONE:
             LOG.debug("%s went away", self.client_address[0])
 
     def _handle_next(self) -> bool:
@@ -3408,7 +3430,7 @@ class Handler(BaseHTTPRequestHandler):
     def _respond(self, request: Request) -> Response:
         try:
             return self.server.service.respond(request)
-        except (ConnectionError, BlockingIOError):
+        except GONE:
             raise
         except Exception:
             LOG.exception("%s %s (request %s)", request.method, request.path, request.id)
@@ -3499,18 +3521,28 @@ class Server(ThreadingHTTPServer):
         self._idle = threading.Condition()  # guards the number below; told when it is 0
         self._under_way = 0
         self._turn = threading.Lock()  # held while a request is answered that waits for nobody
+        self._turn_ends = 0.0  # monotonic; when the holder has had it for long enough
 
     @contextlib.contextmanager
     def turn(self, request: Request) -> Iterator[None]:
         """Requests are answered one after the other: threads that compute beside each other hand on
         the interpreter's lock at each system call, which takes a third of the throughput with 50
-        connections. Not those that wait for a client or a peer, nor longer than TURN_SECONDS."""
-        alone = request.wire.is_here() and not self.service.store.asks_others
-        alone = alone and self._turn.acquire(timeout=TURN_SECONDS)
+        connections. Nobody waits for one that waits for its client, for peers or for the disk's
+        flush, nor for one whose turn has lasted TURN_SECONDS."""
+        if self.service.store.waits or not request.wire.is_here():
+            yield
+            return
+        now = time.monotonic()
+        while not (mine := self._turn.acquire(timeout=max(self._turn_ends - now, 0.0))):
+            now = time.monotonic()
+            if now >= self._turn_ends:
+                break
+        if mine:
+            self._turn_ends = time.monotonic() + TURN_SECONDS
         try:
             yield
         finally:
-            if alone:
+            if mine:
                 self._turn.release()
 
     @contextlib.contextmanager
@@ -3539,7 +3571,11 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread, or SlowDown when there are too many."""
         if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread to be had
+                self._places.release()
+                raise
         else:
             refused = Request("GET", "/", "", {}, self.service.settings, id=self.new_id())
             response = error_response(refused, S3Error("SlowDown", "Too many connections."))
@@ -3857,9 +3893,9 @@ def serve_workers(
 
 
 def raise_limits() -> None:
-    """Let every connection have a file open beside its socket."""
+    """Let every connection have the files open that a copy needs beside its socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MAX_CONNECTIONS
+    wanted = 6 * MAX_CONNECTIONS
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

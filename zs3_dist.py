@@ -2573,7 +2573,7 @@ Pin = Callable[[Collection[str]], None]  # keeps blocks until the operation ends
 class DistributedStore:
     """`zs3.Store` over a cluster: every operation works the same on every node."""
 
-    asks_others = True
+    waits = True
 
     def __init__(self, cluster: Cluster, seal: Seal) -> None:
         self.cluster, self.seal = cluster, seal
