@@ -6079,6 +6079,65 @@ def test_of_two_owners_either_shows_alone_what_both_have_accepted() -> None:
         assert get(nodes[alone]) == NEW
 
 
+def test_places_in_the_change_log_are_not_given_twice(tmp_path: Path) -> None:
+    """Else who was away never sees what came after the tombstones were dropped."""
+    path = str(tmp_path / "registers.db")
+    registers = Registers(1, path)
+    registers.install([View("0" * 16, 1, 3, (Contact(1, "sim:1"),))])
+    ballots = [f"{1:08x}{counter:012x}{7:016x}" for counter in range(10)]
+    for number, ballot in enumerate(ballots[:9]):
+        grave = {"id": f"{number:016x}", "base": ""}
+        registers.accept("bucket", f"k{number}", ballot, grave, False, None)
+    seen = registers.changes(0, lambda bucket: True)["upto"]
+    assert all(registers.bury(*grave) for grave in registers.graves(math.inf, ("", "")))
+    registers.close()
+    registers = Registers(1, path)
+    registers.accept("bucket", "new", ballots[9], {"id": "f" * 16, "base": ""}, False, None)
+    news = registers.changes(seen, lambda bucket: True)
+    assert [key for _, key, _, _ in news["entries"]] == ["new"]
+    assert news["floors"] == {"bucket": ballots[8]}
+    assert registers.changes(news["upto"], lambda bucket: True)["floors"] == {}
+    registers.close()
+
+
+def test_what_was_only_promised_becomes_the_floor_of_its_bucket() -> None:
+    _, nodes = owners(3)
+    registers = nodes[0].node.registers
+    ballot = f"{nodes[0].known_view().epoch:08x}{99:012x}{7:016x}"
+    registers.prepare("bucket", "never-put", ballot, "")
+    put(nodes[0], OLD)
+    for before, rows in ((0.0, 1), (math.inf, 0)):
+        registers.drop_promises(before)
+        assert registers._one("SELECT COUNT(*) FROM registers WHERE accepted = ''") == rows
+    assert registers.slot("bucket", "never-put").promised == ballot
+    assert get(nodes[0]) == OLD
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_of_two_nodes_one_goes_on_alone_only_without_whom_it_was_told_to_forget(
+    ordered: bool,
+) -> None:
+    net, (one, other) = owners(2)
+    put(one, OLD)
+    whom = other.own.node if ordered else 12345  # the order is for a node that went long ago
+    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    member = zs3_dist.Membership(store, [], 3, ordered=whom)
+    net.down = {other.own.node}
+    if ordered:
+        member.forget(other.own.node)
+        assert one.known_view().members == (one.own,) and get(one) == OLD
+    else:
+        with pytest.raises(S3Error, match="SlowDown"):
+            member.forget(other.own.node)
+        assert len(one.known_view().members) == 2
+
+
+def test_a_node_with_a_new_address_is_asked_once_and_there() -> None:
+    old, new, peer = Contact(1, "sim:1"), Contact(1, "sim:11"), Contact(2, "sim:2")
+    view = View("0" * 16, 5, 3, (new, peer), (old, peer))
+    assert sorted(zs3_dist.everyone(view.groups("bucket"))) == [new, peer]
+
+
 def test_the_owners_of_made_up_buckets_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zs3_dist, "MAX_KNOWN_BUCKETS", 3)
     view = View("0" * 16, 1, 3, tuple(Contact(node, f"sim:{node}") for node in range(1, 9)))

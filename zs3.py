@@ -3935,8 +3935,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     # Start over as the module zs3: the interpreter keeps a script's syntax tree, 9 MB of this one,
     # for as long as it runs, but not a module's; and zs3_dist shall import this, not a second copy.
+    # _exit, since what was to be waited for has been: not for threads that still ask a dead peer.
     folder = os.path.dirname(os.path.abspath(__file__))
     paths = f"[{folder!r}, *filter(None, sys.path)]"  # not the working directory
-    start = f"import sys; sys.path = {paths}; import zs3; sys.exit(zs3.main())"
+    start = f"import os, sys; sys.path = {paths}; import zs3; os._exit(zs3.main())"
     flags = sys.orig_argv[1 : -len(sys.argv)]
     os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])

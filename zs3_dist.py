@@ -969,7 +969,7 @@ class Blocks:
 
     def _set_aside(self, block: str, bad: bytes) -> None:
         path = self.path(block)
-        with self._lock(block), contextlib.suppress(FileNotFoundError):  # another reader did
+        with self._lock(block), contextlib.suppress(OSError):  # another reader did, or nobody can
             if path.read_bytes() == bad:  # else it was healed meanwhile
                 LOG.warning("block %s does not match its name: set aside", block)
                 path.replace(self.bad / block)
@@ -1114,8 +1114,8 @@ def read_quorum(owners: int) -> int:
 
 
 def everyone(groups: Groups) -> list[Contact]:
-    """All that are in some group, each once."""
-    return list(dict.fromkeys(contact for group in groups for contact in group))
+    """All that are in some group, each once: at its newest address, that of the first group."""
+    return list({c.node: c for group in reversed(groups) for c in group}.values())
 
 
 def covers(groups: Groups, nodes: Collection[int], quorum: Callable[[int], int]) -> bool:
@@ -1137,14 +1137,16 @@ class View:
     def groups(self, bucket: str) -> Groups:
         """Who must be asked about the keys of `bucket`: its owners, and in a joint view also its
         previous owners. For VIEWS, all members."""
-        if bucket not in self._groups:
+        groups = self._groups.get(bucket)
+        if groups is None:
             if len(self._groups) >= MAX_KNOWN_BUCKETS:  # of names that clients make up
                 self._groups.clear()
             target = target_of(bucket.encode())
             count = MAX_MEMBERS if bucket == VIEWS else self.replicas
             both = filter(None, (self.members, self.previous))
-            self._groups[bucket] = tuple(tuple(nearest(nodes, target, count)) for nodes in both)
-        return self._groups[bucket]
+            groups = tuple(tuple(nearest(nodes, target, count)) for nodes in both)
+            self._groups[bucket] = groups
+        return groups
 
     def owns(self, node: int, bucket: str) -> bool:
         """Is `node` one of the owners of `bucket` (not: was it)?"""
@@ -1260,8 +1262,10 @@ CREATE INDEX IF NOT EXISTS graves ON registers (since) WHERE live = 0 AND accept
 CREATE TABLE IF NOT EXISTS refs (              -- which keys' accepted values name a block
     hash BLOB NOT NULL, bucket TEXT NOT NULL, key BLOB NOT NULL,
     PRIMARY KEY (hash, bucket, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS promises ON registers (since) WHERE accepted = '';
 CREATE TABLE IF NOT EXISTS floors (            -- a key without a row promised this
-    bucket TEXT PRIMARY KEY, ballot TEXT NOT NULL);
+    bucket TEXT PRIMARY KEY, ballot TEXT NOT NULL, seq INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS raised ON floors (seq);
 CREATE TABLE IF NOT EXISTS views (             -- every view of the cluster, up to the one we are in
     epoch INTEGER PRIMARY KEY, view TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -1275,6 +1279,13 @@ ON CONFLICT (bucket, key) DO UPDATE SET
 """
 SLOT = """
 SELECT promised, accepted, chosen, head, tail FROM registers WHERE bucket = ? AND key = ?
+"""
+# A floor takes the place in the change log of the rows that it stands for, so that no place is ever
+# given twice: the peers remember up to which they have seen it.
+LAST_SEQ = "SELECT MAX(seq) FROM (SELECT seq FROM registers UNION ALL SELECT seq FROM floors)"
+CHANGES = """
+SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?1
+UNION ALL SELECT seq, bucket, NULL, ballot, 0 FROM floors WHERE seq > ?1 ORDER BY seq LIMIT ?2
 """
 PAGE = """
 SELECT key, accepted, live, head, tail, chosen FROM registers
@@ -1322,7 +1333,7 @@ class Registers:
         # OFF survives the death of the process; FULL that of the machine.
         self._db.execute(f"PRAGMA synchronous={'FULL' if fsync else 'OFF'}")
         self._db.executescript(SCHEMA)
-        self._seq = self._one("SELECT COALESCE(MAX(seq), 0) FROM registers")
+        self._seq = self._one(LAST_SEQ) or 0
         self._count()
         last = self._one("SELECT view FROM views ORDER BY epoch DESC LIMIT 1")
         self.view = View.from_json(json.loads(last)) if last else None
@@ -1428,15 +1439,33 @@ class Registers:
         """What keys of `bucket` that have no row promised: tombstones up to there were dropped."""
         return self._one("SELECT ballot FROM floors WHERE bucket = ?", bucket) or ""
 
-    def floors(self) -> dict[str, str]:
-        """All floors."""
-        return dict(self._all("SELECT bucket, ballot FROM floors"))
-
     def raise_floor(self, bucket: str, ballot: str) -> None:
         """Promise at least `ballot` for all keys of `bucket` that have no row."""
         with self.lock:
             if ballot > self.floor(bucket):
-                self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?)", (bucket, ballot))
+                self._set_floor(bucket, ballot)
+
+    def _set_floor(self, bucket: str, ballot: str) -> None:
+        self._seq += 1
+        row = (bucket, max(ballot, self.floor(bucket)), self._seq)
+        self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?, ?)", row)
+
+    def _drop_row(self, bucket: str, key: str, promised: str) -> None:
+        """The floor keeps what the row promised."""
+        with self._transaction():
+            self._set_floor(bucket, promised)
+            row = (bucket, key.encode())
+            self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
+
+    def drop_promises(self, before: float) -> None:
+        """Drop rows that only promise, since `before` (wall clock): of what was never there."""
+        query = (
+            "SELECT bucket, key, promised FROM registers"
+            " WHERE accepted = '' AND since < ? AND bucket != ? LIMIT ?"
+        )
+        with self.lock:
+            for bucket, key, promised in self._all(query, before, VIEWS, BATCH):
+                self._drop_row(bucket, key.decode(), promised)
 
     def basis(self, bucket: str, key: str) -> list[Any] | None:
         """[accepted, chosen, value] of the bucket's own register, if there is one to look at."""
@@ -1444,6 +1473,8 @@ class Registers:
             return None
         with self.lock:
             if bucket not in self._bases:
+                if len(self._bases) >= MAX_KNOWN_BUCKETS:  # of names that clients make up
+                    self._bases.clear()
                 slot = self.slot(bucket, "")
                 self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
             return self._bases[bucket]
@@ -1463,9 +1494,9 @@ class Registers:
             if ballot <= slot.promised:
                 return {"refused": slot.promised}
             self._db.execute(
-                "INSERT INTO registers VALUES (?, ?, ?, '', 0, 0, NULL, NULL, NULL, NULL)"
+                "INSERT INTO registers VALUES (?, ?, ?, '', 0, 0, NULL, NULL, NULL, ?)"
                 " ON CONFLICT DO UPDATE SET promised = excluded.promised",
-                (bucket, key.encode(), ballot),
+                (bucket, key.encode(), ballot, time.time()),
             )
             return told(slot, self.basis(bucket, key))
 
@@ -1495,8 +1526,8 @@ class Registers:
         self, epoch: int, bucket: str, key: str, accepted: str, chosen: bool, value: Value | None
     ) -> bool:
         """Another owner accepted this: do so too, as if its accept message had come here late.
-        False when something higher was promised and it is not known to be chosen: then only a round
-        of the register can tell."""
+        False when only a round of the register can tell: something higher was promised and this is
+        not known to be chosen, or a tombstone may have followed it that was dropped."""
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
@@ -1592,16 +1623,16 @@ class Registers:
         return [[b, accepted, bool(c), json.loads(head)] for b, accepted, c, head in rows]
 
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
-        """[bucket, key, accepted, chosen] of what came after `since`, of the buckets `wanted`."""
-        rows = self._all(
-            "SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?"
-            " ORDER BY seq LIMIT ?", since, 5 * BATCH,
-        )
+        """Of the buckets `wanted`, "entries" [bucket, key, accepted, chosen] of what was accepted
+        after `since`, and "floors" that were raised, {bucket: ballot}."""
+        rows = self._all(CHANGES, since, 5 * BATCH)
         entries = [
-            [b, key.decode(), accepted, bool(c)] for _, b, key, accepted, c in rows if wanted(b)
+            [bucket, key.decode(), accepted, bool(chosen)]
+            for _, bucket, key, accepted, chosen in rows if key is not None and wanted(bucket)
         ]
+        floors = {row[1]: row[3] for row in rows if row[2] is None and wanted(row[1])}
         upto = rows[-1][0] if rows else since
-        return {"entries": entries, "upto": upto, "more": len(rows) == 5 * BATCH}
+        return {"entries": entries, "floors": floors, "upto": upto, "more": len(rows) == 5 * BATCH}
 
     def live_keys(self, bucket: str) -> list[str]:
         """Some keys of live objects in `bucket`, at most BATCH."""
@@ -1610,7 +1641,9 @@ class Registers:
 
     def mark_chosen(self, places: Collection[tuple[str, str, str]]) -> None:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
-        with self.lock, self._transaction(bool(places)):
+        if not places:
+            return
+        with self.lock, self._transaction():
             self._bases.clear()
             self._db.executemany(
                 "UPDATE registers SET chosen = 1 WHERE bucket = ? AND key = ? AND accepted = ?",
@@ -1638,10 +1671,7 @@ class Registers:
             slot = self.slot(bucket, key)
             if slot.accepted != ballot or live(slot.value) or (not key and self.live_keys(bucket)):
                 return False
-            with self._transaction():
-                self.raise_floor(bucket, slot.promised)
-                row = (bucket, key.encode())
-                self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
+            self._drop_row(bucket, key, slot.promised)
             self._bases.pop(bucket, None)
             return True
 
@@ -2108,8 +2138,7 @@ class Node:
         def wanted(bucket: str) -> bool:
             return bucket != VIEWS and view.owns(sender.node, bucket)
 
-        floors = {bucket: one for bucket, one in self.registers.floors().items() if wanted(bucket)}
-        return {**self.registers.changes(since, wanted), "floors": floors}
+        return self.registers.changes(since, wanted)
 
     def on_values(self, places: list[tuple[str, str]]) -> Message:
         """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
@@ -2191,11 +2220,11 @@ class Cluster:
         contacts = everyone(ask.groups)
         answers: dict[int, Message] = {}
         message = ask.message
-        if self.own in contacts:
+        others = self._order([contact for contact in contacts if contact.node != self.own.node])
+        if len(others) < len(contacts):
             answers[self.own.node] = local = self._answer_here(ask.name, message)
             if local.get("value") is not None and "known" in message:
                 message = {**message, "known": local["accepted"]}
-        others = self._order([contact for contact in contacts if contact != self.own])
         if others and not (answers and ask.enough(answers)):
             self._ask_others(ask, message, others, answers)
         return answers
@@ -2284,8 +2313,8 @@ class Cluster:
         replies = self.tell(name, message, list(nodes.values()))
         answers = {node: reply.json() for node, reply in replies.items()}
         if here:
-            answers[self.own.node] = self.node.answer(name, message, self.own)
-        return {node: answer for node, answer in answers.items() if answer is not None}
+            answers[self.own.node] = self._answer_here(name, message)
+        return {node: one for node, one in answers.items() if one and "failed" not in one}
 
     def call(self, name: str, message: Message, contact: Contact) -> Message | None:
         """Ask one peer, or this node itself; None when no good answer came."""
@@ -3042,7 +3071,7 @@ class Housekeeping:
             if not self._take(view, contact, answer["entries"]):
                 return False
             more = answer["more"]
-            for bucket, floor in answer["floors"].items() if not more else ():
+            for bucket, floor in answer["floors"].items():
                 self.registers.raise_floor(bucket, floor)
             if since != answer["upto"] or epoch != view.epoch:
                 epoch, since = view.epoch, answer["upto"]
@@ -3088,6 +3117,7 @@ class Housekeeping:
         says when to ask. What keeps a deleted key from coming back is that no owner has anything
         older than the tombstone any more, and that all promise not to accept it (`floors`)."""
         view = self.cluster.view()
+        self.registers.drop_promises(time.time() - self.tombstone_grace)
         after = ("", "")
         while True:
             graves = self.registers.graves(time.time() - self.tombstone_grace, after)
@@ -3313,7 +3343,8 @@ class Membership:
             if answer is None:
                 silent = silent or address in self.bootstrap
             elif answer["epoch"]:
-                return self._install(answer)
+                self._install(answer)
+                return self._enter()
             else:
                 fresh.append(contact_field(answer["contact"]).node)
         told = self.bootstrap or self.discovering  # that there may be others
@@ -3333,7 +3364,6 @@ class Membership:
 
     def _install(self, answer: Message) -> None:
         self.registers.install([View.from_json(raw) for raw in answer["views"]])
-        self._enter()
 
     def _enter(self) -> None:
         """Have a view decided of which this node is a member, at its present address. Who was a
@@ -3352,17 +3382,18 @@ class Membership:
 
     def _merge(self, view: View) -> None:
         """A cluster of one node without a bucket gives itself up for another that it meets."""
-        if self.registers.buckets():
-            return
-        for address in self._addresses():
+        for address in self._addresses() if not self.registers.buckets() else ():
             answer = self._ask(address)
             if answer is None or not answer["views"]:
                 continue
             other = View.from_json(answer["views"][-1])
             gives_up = not answer["idle"] or other.members[0].node < self.node.own.node
-            if other.cluster != view.cluster and gives_up:
+            with self.registers.lock:  # a bucket may just have been made
+                if other.cluster == view.cluster or not gives_up or self.registers.buckets():
+                    continue
                 self.cluster.joined.clear()
-                return self._install(answer)
+                self._install(answer)
+            return self._enter()
 
     # --- Views ---
 
@@ -3397,11 +3428,15 @@ class Membership:
     def _voters(self, now: View, after: View) -> Groups:
         """All members; but the last of two may go on alone when its operator orders it to forget
         the other (`--forget`): what was acknowledged, both had accepted."""
-        alone = len(now.members) == 2 and after.members == (self.node.own,)
         complete = not now.previous or self.registers.synced == now.epoch
-        if self.ordered is not None and alone and complete:
+        if self._left_alone(now) and after.members == (self.node.own,) and complete:
             return ((self.node.own,),)
         return now.groups(VIEWS)
+
+    def _left_alone(self, view: View) -> bool:
+        """Is the other one of two whom the operator orders to forget?"""
+        others = [contact.node for contact in view.members if contact.node != self.node.own.node]
+        return len(view.members) == 2 and others == [self.ordered]
 
     def settle(self) -> None:
         """End a joint view when enough members have all that was known before it (section 7)."""
@@ -3422,7 +3457,7 @@ class Membership:
             if view.member(node) is None:
                 return None
             after = view.with_members(c for c in view.members if c.node != node)
-            if self.ordered is not None and len(view.members) == 2:
+            if node == self.ordered and self._left_alone(view):
                 return replace(after, previous=())  # the operator says that it is gone for good
             return after
 
