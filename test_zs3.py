@@ -3718,6 +3718,7 @@ def test_delete_objects_checks_content_md5(s3: Client) -> None:
 BAD_DELETES = {
     "empty": b"", "not XML": b"a", "no objects": b"<Delete/>", "another root": b"<Remove/>",
     "no key": b"<Delete><Object><VersionId>1</VersionId></Object></Delete>",
+    "a key, then none": b"<Delete><Object><Key>there</Key></Object><Object/></Delete>",
     "entities": b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]>'
                 b"<Delete><Object><Key>&a;&a;</Key></Object></Delete>",
     "an outside entity": b'<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]>'
@@ -3727,9 +3728,10 @@ BAD_DELETES = {
 
 @pytest.mark.parametrize("what", BAD_DELETES)
 def test_delete_objects_with_a_bad_document_is_MalformedXML(s3: Client, what: str) -> None:
+    s3.put("there", b"").ok()
     document = BAD_DELETES[what]
     answer = s3.on_bucket("POST", "delete", document, {"content-md5": md5_base64(document)})
-    assert answer.error == "MalformedXML"
+    assert answer.error == "MalformedXML" and s3.keys() == ["there"]
 
 
 def test_delete_objects_refuses_a_document_that_no_thousand_keys_need(s3: Client) -> None:
@@ -4636,6 +4638,106 @@ def test_the_sweep_goes_on_after_an_error_of_the_disk(
     monkeypatch.setattr(zs3, "SWEEP_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):  # that of the second time
         store._keep_house()
+
+
+def stored(store: zs3.FileStore, body: bytes, **headers: str) -> zs3.ObjectInfo:
+    reader = zs3.Body(io.BytesIO(body), len(body))
+    return store.put_object("bucket", "k", reader, headers, zs3.NO_CONDITION)
+
+
+def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("this file system has no attributes")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    described = store._write_record
+
+    def then_begin_anew(*given: Any) -> zs3.ObjectInfo:
+        info = described(*given)
+        store.delete_bucket("bucket")
+        store.create_bucket("bucket")
+        return info
+
+    monkeypatch.setattr(store, "_write_record", then_begin_anew)
+    info = stored(store, b"abc", kind="text/x")
+    found = store.stat_object("bucket", "k")
+    assert (found.etag, found.headers) == (info.etag, {"kind": "text/x"})
+
+
+def test_while_a_key_with_two_files_is_deleted_nothing_older_shows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody copied a file to a path whose key has one in .keys, which it hides."""
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"old")
+    old = store._special_path("bucket", "k")
+    os.makedirs(os.path.dirname(old))
+    os.rename(folder / "bucket" / "k", old)
+    (folder / "bucket" / "k").write_bytes(b"newer")
+    seen, unlink = [], os.unlink
+
+    def look_after(path: str) -> None:
+        unlink(path)
+        with contextlib.suppress(S3Error):
+            seen.append(store.stat_object("bucket", "k").size)
+
+    monkeypatch.setattr(os, "unlink", look_after)
+    store.delete_object("bucket", "k", zs3.NO_CONDITION)
+    assert seen == [5]
+    with pytest.raises(S3Error, match="NoSuchKey"):
+        store.stat_object("bucket", "k")
+
+
+def test_a_source_cut_short_is_no_copy_where_the_kernel_cannot_copy_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "copy_file_range")
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"123456")
+    info, content = store.open_object("bucket", "k")
+    os.truncate(folder / "bucket" / "k", 2)
+    with contextlib.closing(content), pytest.raises(S3Error, match="cut short"):
+        store.copy_object(info, content, "bucket", "copy", zs3.NO_CONDITION)
+    assert [each.key for each in store.scan("bucket", "", "", "")] == ["k"]
+    assert os.listdir(folder / ".tmp") == []
+
+
+def test_an_error_in_the_last_digest_of_a_large_body_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken:
+        def update(self, data: memoryview) -> None:
+            if len(data) < zs3.BLOCK_BYTES:
+                raise MemoryError
+
+        def digest(self) -> bytes:
+            return bytes(16)
+
+    monkeypatch.setitem(zs3.DIGESTS, "MD5", Broken)
+    size = zs3.BLOCK_BYTES + 5
+    with pytest.raises(MemoryError):
+        list(zs3.Body(io.BytesIO(bytes(size)), size))
+
+
+def test_a_connection_for_which_there_is_no_thread_gives_its_place_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    service = zs3.Service(zs3.FileStore(str(folder)), zs3.Settings(credentials={}))
+    server = zs3.Server(socket.create_server(("127.0.0.1", 0)), service, None)
+    with contextlib.closing(server.socket), monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            server.process_request(socket.socket(), ("127.0.0.1", 1))
+        assert server._places._value == zs3.MAX_CONNECTIONS  # type: ignore[attr-defined]
 
 
 def test_a_description_replaced_within_one_tick_of_the_clock_is_the_new_one(folder: Path) -> None:
