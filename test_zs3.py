@@ -6152,7 +6152,7 @@ def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> 
     store = DistributedStore(nodes[0], None)  # type: ignore[arg-type]
     store.delete_bucket("bucket")
     for registers in (node.node.registers for node in nodes):
-        assert all([registers.bury(*grave) for grave in registers.graves(math.inf, ("", ""))])
+        assert all(registers.bury(*grave) for grave in registers.graves(math.inf, ("", "")))
     answers = reaching(net, nodes[0], accept, nodes[2])
     assert answers[nodes[2].own.node] == {"closed": True}
     assert store.list_buckets() == []
