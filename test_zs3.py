@@ -6095,14 +6095,10 @@ def test_an_accept_older_than_a_dropped_tombstone_is_refused() -> None:
     assert [get(node) for node in nodes] == ["", "", ""]
 
 
-def test_a_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch,
+def pull_while_it_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, net: Net, nodes: list[SimCluster]
 ) -> None:
-    """While the answer was on its way, the key was deleted, and its tombstone dropped."""
-    net, nodes = owners(3)
-    net.down = {nodes[2].own.node}
-    put(nodes[0], OLD)
-    net.down = set()
+    """The last node pulls k; while the answer is on its way, k is deleted for good."""
     deliver = net.deliver
 
     def slow(name: str, *rest: Any) -> Message | None:
@@ -6113,8 +6109,18 @@ def test_a_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
         return answer
 
     monkeypatch.setattr(net, "deliver", slow)
-    housekeeping(nodes[2])[0].pull()
+    housekeeping(nodes[-1])[0].pull()
     assert net.deliver == deliver  # it was asked for
+
+
+def test_a_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, nodes = owners(3)
+    net.down = {nodes[2].own.node}
+    put(nodes[0], OLD)
+    net.down = set()
+    pull_while_it_is_deleted(monkeypatch, net, nodes)
     assert [get(node) for node in nodes] == ["", "", ""]
 
 
@@ -6129,18 +6135,7 @@ def test_a_chosen_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
     new.node.registers.install([View.from_json(view) for view in views])
     come_back(net, new)
     nodes.append(new)
-    deliver = net.deliver
-
-    def slow(name: str, *rest: Any) -> Message | None:
-        answer = deliver(name, *rest)
-        if name == "values":
-            monkeypatch.undo()
-            delete_for_good(net, nodes)
-        return answer
-
-    monkeypatch.setattr(net, "deliver", slow)
-    housekeeping(new)[0].pull()
-    assert net.deliver == deliver  # it was asked for
+    pull_while_it_is_deleted(monkeypatch, net, nodes)
     assert [get(node) for node in nodes] == ["", ""]
 
 
