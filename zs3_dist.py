@@ -1284,8 +1284,8 @@ SELECT promised, accepted, chosen, head, tail FROM registers WHERE bucket = ? AN
 # given twice: the peers remember up to which they have seen it.
 LAST_SEQ = "SELECT MAX(seq) FROM (SELECT seq FROM registers UNION ALL SELECT seq FROM floors)"
 CHANGES = """
-SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?1
-UNION ALL SELECT seq, bucket, NULL, ballot, 0 FROM floors WHERE seq > ?1 ORDER BY seq LIMIT ?2
+SELECT seq, bucket, key, accepted, chosen FROM registers WHERE seq > ?
+UNION ALL SELECT seq, bucket, NULL, ballot, 0 FROM floors WHERE seq > ? ORDER BY seq LIMIT ?
 """
 PAGE = """
 SELECT key, accepted, live, head, tail, chosen FROM registers
@@ -1625,7 +1625,7 @@ class Registers:
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
         """Of the buckets `wanted`, "entries" [bucket, key, accepted, chosen] of what was accepted
         after `since`, and "floors" that were raised, {bucket: ballot}."""
-        rows = self._all(CHANGES, since, 5 * BATCH)
+        rows = self._all(CHANGES, since, since, 5 * BATCH)
         entries = [
             [bucket, key.decode(), accepted, bool(chosen)]
             for _, bucket, key, accepted, chosen in rows if key is not None and wanted(bucket)
