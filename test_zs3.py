@@ -6818,10 +6818,12 @@ NODES: list[Process] = []
 
 
 class Process:
-    """`python zs3.py --distributed` on a port of its own."""
+    """`python zs3.py --distributed` on a port of its own; with `cwd`, in the folder it chooses."""
 
-    def __init__(self, data: Path, *flags: str, bootstrap: Process | None = None) -> None:
-        self.data, self.flags = data, flags
+    def __init__(
+        self, data: Path, *flags: str, bootstrap: Process | None = None, cwd: Path | None = None
+    ) -> None:
+        self.data, self.flags, self.cwd = data, flags, cwd
         self.join = [f"--bootstrap=127.0.0.1:{bootstrap.port}"] if bootstrap else []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -6835,9 +6837,11 @@ class Process:
             str(Path(zs3_dist.__file__).with_name("zs3.py")),
             "--distributed",
         ]
-        command += [f"--port={self.port}", "--host=127.0.0.1", f"--data-dir={self.data}", "--quiet"]
+        command += [f"--port={self.port}", "--host=127.0.0.1", "--quiet"]
+        folder = [] if self.cwd else [f"--data-dir={self.data}"]
         self.process = subprocess.Popen(
-            [*command, *QUICK, *self.flags, *self.join, *more],
+            [*command, *QUICK, *folder, *self.flags, *self.join, *more],
+            cwd=self.cwd,
             stderr=open(f"{self.data}.log", "ab"),  # noqa: SIM115
         )
 
@@ -6974,6 +6978,31 @@ def test_a_member_silent_for_the_grace_is_forgotten_and_comes_back(tmp_path: Pat
     nodes = start_cluster(tmp_path, 3)
     nodes[0].ask("PUT", "/bucket")
     for number in range(5):
+def test_nodes_started_in_one_directory_have_a_folder_each_and_keep_it(tmp_path: Path) -> None:
+    first = Process(tmp_path / "log", cwd=tmp_path)
+    first.members(1)
+    second = Process(tmp_path / "log", bootstrap=first, cwd=tmp_path)
+    second.members(2)
+    folders = {first: tmp_path / "data", second: tmp_path / f"data-{second.port}"}
+    ids = {node: (folder / ".node_id").read_text().strip() for node, folder in folders.items()}
+    assert {node: node.ping()["node"] for node in folders} == ids
+    for node in folders:
+        node.kill()
+    for node in (second, first):  # the other way round
+        node.start()
+        node.wait(lambda ping: ping["node"] in ids.values())
+    assert {node: node.ping()["node"] for node in folders} == ids
+
+
+def test_a_folder_that_another_node_uses_is_refused(tmp_path: Path) -> None:
+    first = Process(tmp_path / "data")
+    first.members(1)
+    second = Process(tmp_path / "data")
+    assert second.process.wait(30) == 1
+    assert "another node uses" in Path(f"{second.data}.log").read_text()
+    assert first.ask("PUT", "/bucket")[0] == 200
+
+
         nodes[0].ask("PUT", f"/bucket/{number}", b"x")
     nodes[2].kill()
     for number in range(5):

@@ -3672,6 +3672,7 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,15}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer between {low} and {high}")
+DATA_DIR = "data"
         return int(text)
 
     return parse
@@ -3693,7 +3694,8 @@ OPTIONS = (
     Option(SERVER, "port", "9000", "PORT", bounded(0, 65535), "port to listen on; 0: a free one"),
     Option(SERVER, "host", "", "ADDRESS", str,
            "address to listen on (127.0.0.1 with the default keys, else 0.0.0.0)"),
-    Option(SERVER, "data-dir", "data", "PATH", str, "folder of the data, made if it is not there"),
+    Option(SERVER, "data-dir", DATA_DIR, "PATH", str,
+           "folder of the data, made if it is not there"),
     Option(SERVER, "acl", "", "ROLE:ACCESS:SECRET,...", parse_acl,
            "who may do what (admin:minioadmin:minioadmin)"),
     Option(SERVER, "public-read", "", "BUCKET,...", parse_buckets, "buckets anyone may read"),

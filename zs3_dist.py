@@ -28,6 +28,7 @@ On disk:
     data/.cas/ab/ab12...ef.blob  a block, named by the BLAKE3 of its bytes
     data/.cas/bad/               blocks that did not match their name, set aside
     data/.index/registers.db     what this node promised and accepted, and its views
+    data/.index/lock             held while a process uses the folder
 
 The registers are rows of one SQLite file, where a file per key would do: it gives a sorted scan
 from any key without an index in memory, a record and its block references in one transaction, a
@@ -45,6 +46,7 @@ import base64
 import collections
 import contextlib
 import errno
+import fcntl
 import hashlib
 import hmac
 import itertools
@@ -65,7 +67,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import zs3
 from zs3 import BucketInfo, Condition, ObjectInfo, S3Error
@@ -2604,7 +2606,7 @@ class DistributedStore:
 
     waits = True
 
-    def __init__(self, cluster: Cluster, seal: Seal) -> None:
+    def __init__(self, cluster: Cluster, seal: Seal, lock: IO[str] | None = None) -> None:
         self.cluster, self.seal = cluster, seal
         self.node, self.rounds = cluster.node, cluster.rounds
         self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
@@ -2640,6 +2642,7 @@ class DistributedStore:
             if value is not None:
                 found.append(BucketInfo(name, value["bucket"]["created"]))
         return found
+        self.lock = lock  # of the data folder
 
     def _most(self, members: int) -> int:
         """So many of the members that every bucket's read quorum is among them."""
@@ -2653,6 +2656,8 @@ class DistributedStore:
             return BucketInfo(bucket, 0.0)
         value = self._run(self.rounds.bucket(bucket, known))
         if value is None:
+        if self.lock:
+            self.lock.close()
             raise S3Error("NoSuchBucket", BucketName=bucket)
         return BucketInfo(bucket, value["bucket"]["created"])
 
@@ -3595,6 +3600,25 @@ def advertised(args: argparse.Namespace) -> str:
 def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]) -> str:
     """--cluster-secret, or the first admin's secret: nodes with the same --acl make one cluster."""
     if args.cluster_secret:
+def own_folder(args: argparse.Namespace) -> tuple[Path, IO[str]]:
+    """The data folder, and its lock, held until that is closed: two processes with one identity
+    would vote twice. Nodes that start in one directory and were told no folder get one each: the
+    first `data`, another `data-PORT`, then and ever after."""
+    folders = [Path(args.data_dir)]
+    if args.data_dir == os.path.abspath(zs3.DATA_DIR):
+        folders.append(Path(f"{args.data_dir}-{args.port}"))
+        folders.sort(reverse=folders[1].exists())
+    for folder in folders:
+        (folder / ".index").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".index" / "lock", "w", encoding="utf-8")  # noqa: SIM115 - see above
+        with contextlib.suppress(BlockingIOError):  # somebody else has it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOG.info("data of this node in %s", folder)
+            return folder, lock
+        lock.close()
+    raise SystemExit(f"zs3: another node uses {folders[0]}: give this one its own by --data-dir")
+
+
         return cast(str, args.cluster_secret)
     admins = sorted(c for c in credentials.values() if c.role == "admin")
     if not admins:
@@ -3609,13 +3633,12 @@ def open_store(
     for address in args.bootstrap:
         if not ADDRESS.fullmatch(address):
             raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
-    data = Path(args.data_dir)
-    (data / ".index").mkdir(parents=True, exist_ok=True)
+    data, lock = own_folder(args)
     own = Contact(node_id(data), advertised(args))
     registers = Registers(own.node, str(data / ".index" / "registers.db"), args.fsync)
     node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
     seal = Seal(own, cluster_secret(args, credentials))
-    store = DistributedStore(Cluster(node, Peers(seal)), seal)
+    store = DistributedStore(Cluster(node, Peers(seal)), seal, lock)
     add_jobs(store, args)
     return store
 
