@@ -1037,17 +1037,6 @@ def test_zs3_reads_the_chunked_examples_of_aws(name: str, spoil: int) -> None:
         assert request.body.md5 == md5_hex(b"a" * 66560)
 
 
-def test_zs3s_own_client_signs_like_the_tests() -> None:
-    signer = Signer(EXAMPLE, EXAMPLE_DATE)
-    given = {"host": "h:1", "x-amz-meta-a": "b  c"}
-    signed = zs3.sign_headers(
-        "PUT", "/b/k%20", "z=1&a=%2F", given, EMPTY_SHA256, EXAMPLE[1:], EXAMPLE_DATE
-    )
-    headers = given | {"x-amz-date": EXAMPLE_DATE, "x-amz-content-sha256": EMPTY_SHA256}
-    proof = signer.signature("PUT", "/b/k%20", "z=1&a=%2F", headers, EMPTY_SHA256)
-    assert signed["authorization"].replace(", ", ",") == signer.authorization(headers, proof)
-
-
 CHECK_VALUES = {  # of the nine bytes "123456789", as the RFCs and the NVMe specification print them
     "CRC32": "cbf43926", "CRC32C": "e3069283", "CRC64NVME": "ae8b14860a799888",
     "SHA1": "f7c3bc1d808e04732adf679965ccc34ca7ae3441",
@@ -5676,7 +5665,9 @@ class SimCluster(Cluster):
         self.rounds = Rounds(node.own.node, self.known_view, net.clock, net.pick)
         self.joined.set()
 
-    def tell(self, name, message, contacts, enough=None, first=0, seconds=0.0):  # type: ignore[no-untyped-def]
+    def tell(self, name, message, contacts, enough=None, first=0, meanwhile=None):  # type: ignore[no-untyped-def]
+        if meanwhile:
+            meanwhile()
         replies = {}
         for contact in dict.fromkeys(contacts):
             answer = self.net.deliver(name, message, self.own, contact.node)
@@ -6072,7 +6063,7 @@ def delete_for_good(net: Net, nodes: list[SimCluster]) -> None:
     for node in nodes:
         housekeeping(node, -1.0)[0].bury()
     for node in nodes:
-        assert say(net, node, "read", key="k", known="")["accepted"] == ""
+        assert say(net, node, "read", key="k", brief=False)["accepted"] == ""
 
 
 def come_back(net: Net, node: SimCluster) -> None:
@@ -6088,11 +6079,33 @@ def come_back(net: Net, node: SimCluster) -> None:
 def test_an_accept_older_than_a_dropped_tombstone_is_refused() -> None:
     net, nodes = owners(3)
     put(nodes[0], OLD)
-    old = say(net, nodes[0], "read", key="k", known="")
+    old = say(net, nodes[0], "read", key="k", brief=False)
     delete_for_good(net, nodes)
     late = {"ballot": old["accepted"], "value": old["value"], "chosen": False, "basis": None}
     assert "refused" in say(net, nodes[1], "accept", key="k", **late)
     assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_a_read_at_an_owner_that_missed_a_change_finds_the_new_value() -> None:
+    net, nodes = owners(3)
+    put(nodes[0], OLD)
+    net.down.add(nodes[2].own.node)
+    put(nodes[0], NEW)
+    net.down.clear()
+    assert text_of(nodes[2].node.registers.slot("bucket", "k").value) == OLD
+    assert get(nodes[2]) == NEW
+    nodes[0].run(nodes[0].rounds.change("bucket", "k", lambda current: {"id": "d" * 16}))
+    assert get(nodes[2]) == ""
+
+
+def test_a_brief_answer_leaves_out_an_object_but_not_a_tombstone() -> None:
+    net, nodes = owners(3)
+    put(nodes[0], OLD)
+    brief, full = (say(net, nodes[1], "read", key="k", brief=brief) for brief in (True, False))
+    assert brief == {**full, "value": None} and text_of(full["value"]) == OLD
+    nodes[0].run(nodes[0].rounds.change("bucket", "k", lambda current: {"id": "d" * 16}))
+    brief, full = (say(net, nodes[1], "read", key="k", brief=brief) for brief in (True, False))
+    assert brief == full and full["value"]["id"] == "d" * 16 and full["basis"]
 
 
 def pull_while_it_is_deleted(
@@ -6160,7 +6173,7 @@ def test_a_value_below_a_promise_is_pulled_by_a_round_of_its_register() -> None:
     low, high = (f"{1:08x}{counter:012x}{'0' * 16}" for counter in (500, 501))
     rest = {"chosen": False, "basis": None}
     for node in (first, second):
-        assert not say(net, node, "prepare", key="k", ballot=high, known="")["accepted"]
+        assert not say(net, node, "prepare", key="k", ballot=high)["accepted"]
     low_value, high_value = ({**value_of(text), "base": ""} for text in (OLD, NEW))
     assert say(net, third, "accept", key="k", ballot=low, value=low_value, **rest)["done"]
     housekeeping(first)[0].pull()
@@ -6205,7 +6218,7 @@ def test_what_was_only_promised_becomes_the_floor_of_its_bucket() -> None:
     _, nodes = owners(3)
     registers = nodes[0].node.registers
     ballot = f"{nodes[0].known_view().epoch:08x}{99:012x}{7:016x}"
-    registers.prepare("bucket", "never-put", ballot, "")
+    registers.prepare("bucket", "never-put", ballot)
     put(nodes[0], OLD)
     for before, rows in ((0.0, 1), (math.inf, 0)):
         registers.drop_promises(before)
@@ -6259,7 +6272,7 @@ def test_an_accept_that_comes_twice_does_not_forget_that_it_was_chosen() -> None
     accept = {**place, "value": value, "chosen": False, "basis": None}
     for name, fields in (("accept", accept), ("learn", place), ("accept", accept)):
         assert say(net, nodes[1], name, **fields) == {"done": True}
-    assert say(net, nodes[1], "read", key="k", known="")["chosen"]
+    assert say(net, nodes[1], "read", key="k", brief=False)["chosen"]
 
 
 def test_of_two_owners_neither_shows_alone_what_the_other_may_not_have() -> None:
@@ -6570,10 +6583,10 @@ GOOD: dict[str, Message] = {
     "find": {"target": "0" * 40},
     "find_providers": {"hash": "0" * 64},
     "provide": {"hashes": ["0" * 64]},
-    "prepare": {**PLACE, "ballot": BALLOT, "known": ""},
+    "prepare": {**PLACE, "ballot": BALLOT},
     "accept": {**PLACE, "ballot": BALLOT, "value": TOMBSTONE, "chosen": False, "basis": None},
     "learn": {**PLACE, "ballot": BALLOT},
-    "read": {**PLACE, "known": ""},
+    "read": {**PLACE, "brief": False},
     "page": {
         "epoch": 1,
         "bucket": "bucket",
@@ -6613,13 +6626,15 @@ def test_unsigned_and_foreign_requests_change_nothing(lonely: Lonely) -> None:
             peer_request("/_zs3/" + path, {}, body),
             signed(foreign, lonely.own, path, body, raw),
             signed(lonely.peer, other, path, body, raw),  # meant for another node
-            signed(lonely.peer, lonely.own, path, body, raw),
-            signed(lonely.peer, lonely.own, path, body, raw),
-            signed(lonely.peer, lonely.own, path, body, raw),
+            *(signed(lonely.peer, lonely.own, path, body, raw) for _ in range(7)),
         ]
         requests[3].headers["x-zs3-from"] = f"{node_hex(8)} 127.0.0.1:8"
         del requests[4].headers["x-zs3-to"]
         requests[5].path = "/_zs3/store/" + "1" * 64  # signed for another path
+        requests[6].headers["x-zs3-payload"] = sha256_hex(b"another body")
+        requests[7].headers["x-zs3-nonce"] = "0" * 16
+        requests[8].headers["x-zs3-seal"] = "\xe9" * 64
+        del requests[9].headers["x-zs3-seal"]
         for request in requests:
             answer = lonely.store.internal(request)
             assert 400 <= answer.status < 500, (path, answer)
@@ -6682,11 +6697,17 @@ def test_a_thousand_fake_pings_change_no_routing_table(lonely: Lonely) -> None:
     assert lonely.node.table.contacts() == []
 
 
+def test_a_message_with_another_body_than_was_sealed_changes_nothing(lonely: Lonely) -> None:
+    sealed = signed(lonely.peer, lonely.own, "learn", pack(GOOD["learn"]))
+    other = pack({**GOOD["learn"], "key": "K"})
+    assert lonely.store.internal(peer_request(sealed.path, sealed.headers, other)).status == 400
+
+
 def test_an_answer_without_the_cluster_key_is_no_answer() -> None:
     seal = zs3_dist.Seal(Contact(1, "a:1"), "secret")
     call = zs3_dist.Call.__new__(zs3_dist.Call)
     call.question = zs3_dist.Question(Contact(2, "b:1"), "accept", b"{}")
-    call.seal, call.signature = seal, "5" * 64
+    call.seal, call.sealed = seal, "5" * 64
     proof = zs3_dist.Seal(Contact(2, "b:1"), "secret").proof("5" * 64, 200, b"{}")
     assert call.good(Reply(200, b"{}", proof))
     assert not call.good(Reply(200, b'{"done":true}', proof))
@@ -6851,13 +6872,13 @@ class Process:
 
     def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        host = f"127.0.0.1:{self.port}"
-        date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        digest = hashlib.sha256(body).hexdigest()
+        signer = Signer(("admin", "minioadmin", "minioadmin"))
+        digest = sha256_hex(body)
         raw_path, _, query = path.partition("?")
-        headers = zs3.sign_headers(
-            method, raw_path, query, {"host": host}, digest, ("minioadmin", "minioadmin"), date
-        )
+        headers = {"host": f"127.0.0.1:{self.port}", "x-amz-date": signer.date}
+        headers["x-amz-content-sha256"] = digest
+        proof = signer.signature(method, raw_path, query, headers, digest)
+        headers["authorization"] = signer.authorization(headers, proof)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
@@ -6957,27 +6978,6 @@ def test_of_two_nodes_either_reads_alone_and_a_write_says_what_to_do(tmp_path: P
     assert first.ask("GET", "/bucket/more") == (200, b"x")
 
 
-def test_a_node_that_lost_its_disk_is_a_new_member(tmp_path: Path) -> None:
-    nodes = start_cluster(tmp_path, 3)
-    nodes[0].ask("PUT", "/bucket")
-    nodes[0].ask("PUT", "/bucket/key", BIG)
-    old = nodes[0].ping()["node"]
-    nodes[0].kill()
-    shutil.rmtree(nodes[0].data)
-    nodes[0].join = [f"--bootstrap=127.0.0.1:{nodes[1].port}"]
-    nodes[0].start()
-    nodes[0].members(3)
-    ping = nodes[0].wait(lambda ping: ping["blocks"] == 3)
-    assert ping["node"] != old
-    nodes[1].kill()
-    assert nodes[0].ask("GET", "/bucket/key") == (200, BIG)
-    assert nodes[2].ask("PUT", "/bucket/key2", BIG)[0] == 200
-
-
-def test_a_member_silent_for_the_grace_is_forgotten_and_comes_back(tmp_path: Path) -> None:
-    nodes = start_cluster(tmp_path, 3)
-    nodes[0].ask("PUT", "/bucket")
-    for number in range(5):
 def test_nodes_started_in_one_directory_have_a_folder_each_and_keep_it(tmp_path: Path) -> None:
     first = Process(tmp_path / "log", cwd=tmp_path)
     first.members(1)
@@ -7003,6 +7003,27 @@ def test_a_folder_that_another_node_uses_is_refused(tmp_path: Path) -> None:
     assert first.ask("PUT", "/bucket")[0] == 200
 
 
+def test_a_node_that_lost_its_disk_is_a_new_member(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    nodes[0].ask("PUT", "/bucket/key", BIG)
+    old = nodes[0].ping()["node"]
+    nodes[0].kill()
+    shutil.rmtree(nodes[0].data)
+    nodes[0].join = [f"--bootstrap=127.0.0.1:{nodes[1].port}"]
+    nodes[0].start()
+    nodes[0].members(3)
+    ping = nodes[0].wait(lambda ping: ping["blocks"] == 3)
+    assert ping["node"] != old
+    nodes[1].kill()
+    assert nodes[0].ask("GET", "/bucket/key") == (200, BIG)
+    assert nodes[2].ask("PUT", "/bucket/key2", BIG)[0] == 200
+
+
+def test_a_member_silent_for_the_grace_is_forgotten_and_comes_back(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[0].ask("PUT", "/bucket")
+    for number in range(5):
         nodes[0].ask("PUT", f"/bucket/{number}", b"x")
     nodes[2].kill()
     for number in range(5):
@@ -7056,7 +7077,7 @@ def test_a_list_does_not_show_what_a_get_may_then_not_find(deleted: bool) -> Non
         cluster.run(cluster.rounds.change("bucket", "key", lambda current, old=old: old))
         ballot = f"{1:08x}{500:012x}{'0' * 16}"
         for node in net.nodes.values():
-            assert "accepted" in node.registers.prepare("bucket", "key", ballot, "")
+            assert "accepted" in node.registers.prepare("bucket", "key", ballot)
         new = {**(TOMBSTONE if deleted else value_of("new")), "id": "1" * 16, "base": ""}
         registers = net.nodes[third].registers
         assert registers.accept("bucket", "key", ballot, new, False, None) == {"done": True}

@@ -581,7 +581,7 @@ class Authorization(NamedTuple):
         return f"{self.date}/{self.region}/s3/aws4_request"
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | bytearray) -> str:
     """The SHA-256 of `data`, in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
@@ -629,23 +629,6 @@ def signing_key(secret: str, date: str, region: str, service: str = "s3") -> byt
 def signature(key: bytes, text: str) -> str:
     """Step 4. The HMAC-SHA256 of a string to sign, in hex."""
     return hmac.digest(key, text.encode(), "sha256").hex()
-
-
-def sign_headers(
-    method: str, path: str, raw_query: str, headers: Mapping[str, str], payload: str,
-    credential: tuple[str, str], amz_date: str, region: str = "us-east-1",
-) -> dict[str, str]:
-    """The headers of a signed request: `headers` (lower-case names, with host) and what signing
-    adds. `path` is percent-encoded; `credential` is access key and secret."""
-    access, secret = credential
-    signed = {**headers, "x-amz-date": amz_date, "x-amz-content-sha256": payload}
-    names = ";".join(sorted(signed))
-    scope = f"{amz_date[:8]}/{region}/s3/aws4_request"
-    canonical = canonical_request(method, path, raw_query, signed, names, payload)
-    text = string_to_sign(amz_date, scope, canonical)
-    proof = signature(signing_key(secret, amz_date[:8], region), text)
-    claim = f"{ALGORITHM} Credential={access}/{scope}, SignedHeaders={names}, Signature={proof}"
-    return signed | {"authorization": claim}
 
 
 def authorization_from_header(request: Request) -> Authorization:
@@ -3672,7 +3655,6 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,15}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer between {low} and {high}")
-DATA_DIR = "data"
         return int(text)
 
     return parse
@@ -3690,6 +3672,7 @@ class Option(NamedTuple):
 
 
 SERVER, CLUSTER = "server", "distributed mode"
+DATA_DIR = "data"
 OPTIONS = (
     Option(SERVER, "port", "9000", "PORT", bounded(0, 65535), "port to listen on; 0: a free one"),
     Option(SERVER, "host", "", "ADDRESS", str,

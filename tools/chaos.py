@@ -62,9 +62,10 @@ from xml.etree import ElementTree
 from blake3 import blake3
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import zs3  # noqa: E402  (found through the line above)
+from signing import sign_headers  # noqa: E402  (found through the line above)
+
 from zs3_dist import BLOCK_BYTES, INLINE_BYTES  # noqa: E402
 
 # ==== 1 Limits ====
@@ -718,9 +719,7 @@ class Client:
         date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + self.node.skew))
         digest, named = hashlib.sha256(body).hexdigest(), {"host": self.host, **(headers or {})}
         if not path.startswith("/_zs3/"):
-            named = zs3.sign_headers(
-                method, target, parameters, named, digest, (ACCESS, SECRET), date
-            )
+            named = sign_headers(method, target, parameters, named, digest, (ACCESS, SECRET), date)
         try:
             self.connection.request(method, f"{target}?{parameters}", body, named)
             response = self.connection.getresponse()

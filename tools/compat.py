@@ -55,8 +55,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from zs3 import sign_headers
+from signing import sign_headers
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = "us-east-1"
