@@ -47,6 +47,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import hmac
 import itertools
@@ -65,7 +66,6 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
@@ -305,6 +305,12 @@ def contact_field(raw: Any) -> Contact:
     return Contact(int(node, 16), address)
 
 
+@functools.lru_cache(maxsize=MAX_MEMBERS)
+def parse_contact(text: str) -> Contact:
+    """The inverse of `" ".join(contact.as_json())`. ValueError."""
+    return contact_field(text.split(" "))
+
+
 def members_field(raw: Any) -> tuple[Contact, ...]:
     """Contacts with distinct ids, sorted by id."""
     contacts = list_field(contact_field, MAX_MEMBERS)(raw)
@@ -485,7 +491,7 @@ class Seal:
             raise S3Error("AccessDenied", "This request is not sealed by a node of this cluster.")
         if said["x-zs3-to"] not in (node_hex(self.own.node), NOBODY):
             raise S3Error("AccessDenied", "This request was meant for another node.")
-        return contact_field(said["x-zs3-from"].split(" ")), seal
+        return parse_contact(said["x-zs3-from"]), seal
 
     def mark(self, data: bytes) -> bytes:
         """32 bytes that only a holder of the cluster key can say of `data`."""
@@ -1773,17 +1779,14 @@ def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
     }
 
 
+def certain(groups: Groups, answers: Answers) -> bool:
+    """Does this read quorum leave no doubt?"""
+    return weigh(groups, told_of(answers)).settled
+
+
 def settled(groups: Groups, answers: Answers) -> bool:
     """Are these answers a read quorum that leaves no doubt?"""
-    told = told_of(answers)
-    return covers(groups, told, read_quorum) and weigh(groups, told).settled
-
-
-def value_is_lacking(answers: Answers) -> bool:
-    """Has somebody accepted something newer than those who told its value?"""
-    told = told_of(answers)
-    top = weigh((), told) if told else Top("", None, True)
-    return bool(top.accepted) and top.value is None
+    return covers(groups, told_of(answers), read_quorum) and certain(groups, answers)
 
 
 def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
@@ -1833,7 +1836,7 @@ class Rounds:
         change quorum agrees; otherwise it finishes the change it found. SlowDown."""
         place = {"bucket": bucket, "key": key, "brief": False}
         view, answers = yield from self.gather(
-            "read", bucket, place, "accepted", read_quorum, settled
+            "read", bucket, place, "accepted", read_quorum, certain
         )
         groups = view.groups(bucket)
         top = weigh(groups, told_of(answers))
@@ -1903,7 +1906,8 @@ class Change:
         view = self.rounds.view()
         groups = self.voters(view)
         message = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "brief": False}
-        answers = yield Ask("read", message, groups, partial(settled, groups), read_quorum)
+        enough = functools.partial(settled, groups)
+        answers = yield Ask("read", message, groups, enough, read_quorum)
         value = live(weigh(groups, told_of(answers)).value) if settled(groups, answers) else None
         if value is not None:
             self.decide(value)
@@ -2256,8 +2260,10 @@ class Cluster:
         elif "brief" in ask.message:
             brief = ask._replace(message={**ask.message, "brief": True})
             self._ask_others(brief, others, answers, look)
-            if value_is_lacking(answers):
-                answers = {self.own.node: answers[self.own.node]}
+            local = answers[self.own.node]
+            newest = max(answer.get("accepted", "") for answer in answers.values())
+            if newest > local.get("accepted", ""):  # this node missed a change
+                answers = {self.own.node: local}
                 self._ask_others(ask, others, answers)
         else:
             self._ask_others(ask, others, answers, look)
