@@ -75,7 +75,6 @@ from zs3_dist import (
     View,
     lookup,
     nearest,
-    node_hex,
     pack,
     parse_message,
 )
@@ -6626,15 +6625,15 @@ def test_unsigned_and_foreign_requests_change_nothing(lonely: Lonely) -> None:
             peer_request("/_zs3/" + path, {}, body),
             signed(foreign, lonely.own, path, body, raw),
             signed(lonely.peer, other, path, body, raw),  # meant for another node
-            *(signed(lonely.peer, lonely.own, path, body, raw) for _ in range(7)),
+            *(signed(lonely.peer, lonely.own, path, body, raw) for _ in range(9)),
         ]
-        requests[3].headers["x-zs3-from"] = f"{node_hex(8)} 127.0.0.1:8"
-        del requests[4].headers["x-zs3-to"]
-        requests[5].path = "/_zs3/store/" + "1" * 64  # signed for another path
-        requests[6].headers["x-zs3-payload"] = sha256_hex(b"another body")
-        requests[7].headers["x-zs3-nonce"] = "0" * 16
-        requests[8].headers["x-zs3-seal"] = "\xe9" * 64
-        del requests[9].headers["x-zs3-seal"]
+        requests[3].path = "/_zs3/store/" + "1" * 64  # sealed for another path
+        del requests[4].headers["x-zs3-seal"]
+        requests[5].headers["x-zs3-seal"] = "\xe9" * 64
+        for request, word in zip(requests[6:], range(6), strict=True):
+            words = request.headers["x-zs3-seal"].split(" ")
+            words[word] = words[word][:-1] + ("1" if words[word][-1] != "1" else "2")
+            request.headers["x-zs3-seal"] = " ".join(words)
         for request in requests:
             answer = lonely.store.internal(request)
             assert 400 <= answer.status < 500, (path, answer)
