@@ -3612,19 +3612,20 @@ def own_folder(args: argparse.Namespace) -> tuple[Path, IO[str]]:
     """The data folder, and its lock, held until that is closed: two processes with one identity
     would vote twice. Nodes that start in one directory and were told no folder get one each: the
     first `data`, another `data-PORT`, then and ever after."""
-    folders = [Path(args.data_dir)]
+    told, beside = Path(args.data_dir), Path(f"{args.data_dir}-{args.port}")
+    folders = [told]
     if args.data_dir == os.path.abspath(zs3.DATA_DIR):
-        folders.append(Path(f"{args.data_dir}-{args.port}"))
-        folders.sort(reverse=folders[1].exists())
+        folders = [beside, told] if beside.exists() else [told, beside]
     for folder in folders:
         (folder / ".index").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".index" / "lock", "w", encoding="utf-8")  # noqa: SIM115 - see above
         with contextlib.suppress(BlockingIOError):  # somebody else has it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            LOG.info("data of this node in %s", folder)
+            if folder != told:
+                LOG.info("beside another node: this one's data is in %s", folder)
             return folder, lock
         lock.close()
-    raise SystemExit(f"zs3: another node uses {folders[0]}: give this one its own by --data-dir")
+    raise SystemExit(f"zs3: another node uses {told}: give this one its own by --data-dir")
 
 
 def node_id(data: Path) -> int:
