@@ -1909,9 +1909,10 @@ class Change:
         message = {"epoch": view.epoch, "bucket": self.bucket, "key": self.key, "brief": False}
         enough = functools.partial(settled, groups)
         answers = yield Ask("read", message, groups, enough, read_quorum)
-        value = live(weigh(groups, told_of(answers)).value) if settled(groups, answers) else None
-        if value is not None:
-            self.decide(value)
+        if settled(groups, answers):
+            value = live(weigh(groups, told_of(answers)).value)
+            if value is not None:
+                self.decide(value)
 
     def round(self) -> Steps[tuple[Value | None] | None]:
         """Prepare, decide, accept: (what the register holds now,), or None: try again."""
@@ -3393,20 +3394,25 @@ class Membership:
                 return self._enter()
             else:
                 fresh.append(contact_field(answer["contact"]).node)
-        told = self.bootstrap or self.discovering  # that there may be others
-        waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
+        if not (self.bootstrap or self.discovering):
+            return self._found()  # nobody said that there are others
+        # Where all are fresh, one of those who are told to the others founds it: the first by id,
+        # once it has heard them all.
         listed = self.node.own.address in self.bootstrap or self.discovering
+        waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
         first = self.node.own.node < min(fresh, default=math.inf)
-        if told and not (listed and waited and first and not silent):
-            if not self.waiting:
-                where = ", ".join(self._addresses()) or "the multicast group"
-                LOG.info("waiting for a node of this cluster (with the same secret) at %s", where)
-            self.waiting = True
-        else:
-            view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
-            self.registers.install([view])
-            self.cluster.check_membership()
-            LOG.info("founded a cluster as node %s", node_hex(self.node.own.node))
+        if listed and waited and first and not silent:
+            return self._found()
+        if not self.waiting:
+            where = ", ".join(self._addresses()) or "the multicast group"
+            LOG.info("waiting for a node of this cluster (with the same secret) at %s", where)
+        self.waiting = True
+
+    def _found(self) -> None:
+        view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
+        self.registers.install([view])
+        self.cluster.check_membership()
+        LOG.info("founded a cluster as node %s", node_hex(self.node.own.node))
 
     def _install(self, answer: Message) -> None:
         self.registers.install([View.from_json(raw) for raw in answer["views"]])
