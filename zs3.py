@@ -3672,13 +3672,14 @@ class Option(NamedTuple):
 
 
 SERVER, CLUSTER = "server", "distributed mode"
-DATA_DIR = "data"
+PORT = 9000
 OPTIONS = (
-    Option(SERVER, "port", "9000", "PORT", bounded(0, 65535), "port to listen on; 0: a free one"),
+    Option(SERVER, "port", str(PORT), "PORT", bounded(0, 65535),
+           "port to listen on; 0: a free one"),
     Option(SERVER, "host", "", "ADDRESS", str,
            "address to listen on (127.0.0.1 with the default keys, else 0.0.0.0)"),
-    Option(SERVER, "data-dir", DATA_DIR, "PATH", str,
-           "folder of the data, made if it is not there"),
+    Option(SERVER, "data-dir", "", "PATH", str,
+           "folder of the data, made if it is not there (data; of a node not on 9000: data-PORT)"),
     Option(SERVER, "acl", "", "ROLE:ACCESS:SECRET,...", parse_acl,
            "who may do what (admin:minioadmin:minioadmin)"),
     Option(SERVER, "public-read", "", "BUCKET,...", parse_buckets, "buckets anyone may read"),
@@ -3737,6 +3738,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.distributed and args.workers > 1:
         parser.error("--workers does not go with --distributed: start more nodes instead")
+    # The nodes of one machine, started in one directory, get a folder each.
+    beside = args.distributed and args.port != PORT
+    args.data_dir = args.data_dir or (f"data-{args.port}" if beside else "data")
     return args
 
 

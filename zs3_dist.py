@@ -59,6 +59,7 @@ import random
 import re
 import secrets
 import select
+import signal
 import socket
 import sqlite3
 import threading
@@ -111,6 +112,7 @@ SILENCE_SECONDS = 1.5  # a change that lacks owners is tried for so long, and th
 OPERATION_SECONDS = 12.0  # a change or read that is not settled by then is 503
 LATE_SECONDS = 30.0  # no message arrives later than this after its sender gave up
 BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
+LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
 
 SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
@@ -3614,24 +3616,20 @@ def multicast_socket(address: str) -> socket.socket:
 # ===== 11 Opening =====
 
 
-def own_folder(args: argparse.Namespace) -> tuple[Path, IO[str]]:
-    """The data folder, and its lock, held until that is closed: two processes with one identity
-    would vote twice. Nodes that start in one directory and were told no folder get one each: the
-    first `data`, another `data-PORT`, then and ever after."""
-    told, beside = Path(args.data_dir), Path(f"{args.data_dir}-{args.port}")
-    folders = [told]
-    if args.data_dir == os.path.abspath(zs3.DATA_DIR):
-        folders = [beside, told] if beside.exists() else [told, beside]
-    for folder in folders:
-        (folder / ".index").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".index" / "lock", "w", encoding="utf-8")  # noqa: SIM115 - see above
-        with contextlib.suppress(BlockingIOError):  # somebody else has it
+def lock_folder(data: Path) -> IO[str]:
+    """A file whose lock keeps other processes from the data folder until it is closed: two with one
+    identity would vote twice. The one that was here before may still be ending: wait for it."""
+    lock = open(data / ".index" / "lock", "w", encoding="utf-8")  # noqa: SIM115 - see above
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        with contextlib.suppress(BlockingIOError):  # somebody has it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder != told:
-                LOG.info("beside another node: this one's data is in %s", folder)
-            return folder, lock
-        lock.close()
-    raise SystemExit(f"zs3: another node uses {told}: give this one its own by --data-dir")
+            return lock
+        if signal.sigpending() or time.monotonic() > deadline:
+            advice = "give this one its own, by --data-dir"
+            raise SystemExit(f"zs3: another node uses the folder {data}: {advice}")
+        LOG.info("another node uses the folder %s: waiting for its end", data)
+        time.sleep(LOCK_SECONDS / 10)
 
 
 def node_id(data: Path) -> int:
@@ -3681,7 +3679,9 @@ def open_store(
     for address in args.bootstrap:
         if not ADDRESS.fullmatch(address):
             raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
-    data, lock = own_folder(args)
+    data = Path(args.data_dir)
+    (data / ".index").mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(data)
     own = Contact(node_id(data), advertised(args))
     registers = Registers(own.node, str(data / ".index" / "registers.db"), args.fsync)
     node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
