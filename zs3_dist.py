@@ -291,7 +291,6 @@ def optional_field(check: Check) -> Check:
 number_field = field_that(lambda raw: type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
 flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
 ballot_field = text_field(BALLOT)
-known_field = text_field(BALLOT, empty=True)
 hashes_field = list_field(text_field(HASH))
 bucket_field = text_field(BUCKET)
 # An object key, or a prefix or start of keys; "" is the bucket's own register.
@@ -353,7 +352,7 @@ def view_field(raw: Any) -> Any:
 
 VALUE_FIELDS: dict[str, Check] = {
     "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
-    "base": known_field,  # where what it replaced had been accepted
+    "base": text_field(BALLOT, empty=True),  # where what it replaced had been accepted
     "info": info_field,  # an object: ObjectInfo.record()
     "parts": list_field(  # ObjectInfo.parts, which a listing does not show: size and checksum
         tuple_field(number_field, text_field(CHECKSUM)), zs3.MAX_PART_NUMBER
@@ -392,7 +391,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
         "basis": optional_field(tuple_field(ballot_field, flag_field, value_field)),
     },
     "learn": {**PLACE, "ballot": ballot_field},
-    "read": {**PLACE, "brief": flag_field},  # true: without the value, if it is an object
+    "read": {**PLACE, "brief": flag_field},  # true: no value, but a tombstone
     "page": {
         **EPOCH, "bucket": bucket_field,
         "prefix": key_field, "start": key_field, "delimiter": key_field,
@@ -452,19 +451,19 @@ class Question(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """Who sent a request, the SHA-256 in hex that its body must have ("-": any), and its seal."""
+    """Who sent a request, the SHA-256 in hex that its body must have ("-": any), and its HMAC."""
 
     sender: Contact
     payload: str
-    seal: str
+    mac: str
 
 
 class Seal:
     """Seals requests to peers and checks theirs: `x-zs3-seal: SENDER ADDRESS RECEIVER NONCE PAYLOAD
-    HMAC`, the last under the cluster key, over the path and the rest. Less than half of the time of
-    SigV4. No date, since a node whose clock is a day off is still a member: the receiver is named,
-    so a request cannot be replayed to another node, and to replay one to the same node changes
-    nothing that a delayed duplicate could not (ballots order everything). Answers carry a proof."""
+    HMAC`, the last under the cluster key, over the path and the rest. No
+    date, since a node whose clock is a day off is still a member: the receiver is named, so that a
+    request cannot be replayed to another node, and to replay one to the same node changes nothing
+    that a delayed duplicate could not (ballots order everything). Answers carry a proof, too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
@@ -472,37 +471,37 @@ class Seal:
         self._from = " ".join(own.as_json())
 
     def request(self, question: Question) -> tuple[bytes, str]:
-        """Head of the HTTP request, and the seal that the answer must prove to have seen."""
+        """Head of the HTTP request, and the HMAC that the answer must prove to have seen."""
         to, path = question.to, "/_zs3/" + question.path
         payload = "-" if question.raw else zs3.sha256_hex(question.body)
         said = f"{self._from} {node_hex(to.node)} {secrets.token_hex(8)} {payload}"
-        seal = self._seal(path, said)
+        mac = self._mac(path, said)
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: {to.address}\r\nx-zs3-seal: {said} {seal}\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: {to.address}\r\nx-zs3-seal: {said} {mac}\r\n"
             f"content-length: {len(question.body)}\r\n\r\n"
         )
-        return head.encode(), seal
+        return head.encode(), mac
 
-    def _seal(self, path: str, said: str) -> str:
+    def _mac(self, path: str, said: str) -> str:
         return self.mark(f"{path} {said}".encode("latin-1")).hex()
 
     def check(self, request: zs3.Request) -> Sealed:
         """What a peer sealed for us. S3Error or ValueError when none did."""
-        said, _, seal = request.header("x-zs3-seal").rpartition(" ")
-        if not hmac.compare_digest(self._seal(request.path, said).encode(), seal.encode("latin-1")):
+        said, _, mac = request.header("x-zs3-seal").rpartition(" ")
+        if not hmac.compare_digest(self._mac(request.path, said).encode(), mac.encode("latin-1")):
             raise S3Error("AccessDenied", "This request is not sealed by a node of this cluster.")
         node, address, to, _nonce, payload = said.split(" ")
         if to not in (node_hex(self.own.node), NOBODY):
             raise S3Error("AccessDenied", "This request was meant for another node.")
-        return Sealed(parse_contact(f"{node} {address}"), payload, seal)
+        return Sealed(parse_contact(f"{node} {address}"), payload, mac)
 
     def mark(self, data: bytes) -> bytes:
         """32 bytes that only a holder of the cluster key can say of `data`."""
         return hmac.digest(self._key, data, "sha256")
 
-    def proof(self, seal: str, status: int, body: bytes) -> str:
+    def proof(self, mac: str, status: int, body: bytes) -> str:
         """What only a holder of the cluster key can say about this answer to that request."""
-        return self.mark(b"%s %d %s" % (seal.encode(), status, body)).hex()
+        return self.mark(b"%s %d %s" % (mac.encode(), status, body)).hex()
 
 
 class Link:
@@ -593,14 +592,14 @@ class Call:
     def __init__(self, question: Question, link: Link, seal: Seal, deadline: float) -> None:
         self.question, self.link, self.seal, self.deadline = question, link, seal, deadline
         self.to = question.to
-        head, self.sealed = seal.request(question)
+        head, self.mac = seal.request(question)
         link.begin(head, question.body)
 
     def good(self, reply: Reply) -> bool:
         """Did the answer come from a holder of the cluster key? A block proves itself."""
         if self.question.path.startswith("fetch/") and reply.status == 200:
             return True
-        proof = self.seal.proof(self.sealed, reply.status, reply.body)
+        proof = self.seal.proof(self.mac, reply.status, reply.body)
         return hmac.compare_digest(proof, reply.proof)
 
 
@@ -613,9 +612,10 @@ class Peers:
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
-        self._lock = threading.Lock()  # guards _idle, _skipped, _late
+        self._lock = threading.Lock()  # guards _idle, _skipped, _slow, _late
         self._idle: dict[str, list[Link]] = {}
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
+        self._slow: dict[int, float] = {}  # the same
         self._late: set[Call] = set()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
@@ -637,9 +637,9 @@ class Peers:
         linger: float = 0, meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, Reply]:
         """Answers by node id; those that failed have status 0, those not waited for are missing.
-        `first` questions are asked at once, one more for each that fails or takes HEDGE_SECONDS;
-        then `meanwhile` is called. It ends when `enough` says so (and `linger` seconds later for
-        the rest), or all answered or timed out."""
+        `first` questions are asked at once; once they are on their way, `meanwhile` is called. One
+        more is asked for each that fails or takes HEDGE_SECONDS. It ends when `enough` says so (and
+        up to `linger` seconds later, until `first` are good), or all answered or timed out."""
         exchange = Exchange(self, questions, seconds)
         exchange.begin(first)
         if meanwhile:
@@ -667,6 +667,15 @@ class Peers:
         """It did not answer in time."""
         with self._lock:
             self._skipped[node] = time.monotonic() + SKIP_SECONDS
+
+    def mark_slow(self, nodes: Iterable[int]) -> None:
+        """They were lingered for in vain. Who is slow is heard from all the same."""
+        with self._lock:
+            self._slow.update(dict.fromkeys(nodes, time.monotonic() + SKIP_SECONDS))
+
+    def slow(self, node: int) -> bool:
+        """Is it not worth to be lingered for?"""
+        return self.skipped(node) or self._slow.get(node, 0.0) > time.monotonic()
 
     def later(self, calls: Collection[Call]) -> None:
         """Hand over calls whose answers nobody waits for, so that their connections live on."""
@@ -727,29 +736,36 @@ class Exchange:
     """One `Peers.ask`: questions on their way and the answers so far."""
 
     def __init__(self, peers: Peers, questions: Sequence[Question], seconds: float) -> None:
-        self.peers, self.queue = peers, collections.deque(questions)
+        self.peers, self.queue, self.seconds = peers, collections.deque(questions), seconds
         self.deadline = time.monotonic() + seconds
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
-        self.hedge = time.monotonic() + self.patience
+        self.hedge = 0.0  # monotonic; when one more is asked
+        self.first = 0  # how many were asked at once
         self.calls: dict[int, Call] = {}  # by file descriptor
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
 
     def begin(self, first: int) -> None:
         """Ask the first so many."""
-        for _ in range(min(first, len(self.queue))):
+        self.first = min(first, len(self.queue))
+        for _ in range(self.first):
             self._start()
 
     def finish(self, enough: Enough, linger: float) -> dict[int, Reply]:
-        """See `Peers.ask`."""
+        """See `Peers.ask`. What was done since `begin` took no time of the peers'."""
+        now = time.monotonic()
+        self.deadline, self.hedge = now + self.seconds, now + self.patience
         while (self.calls or self.queue) and not enough(self.answers):
             self._step(self.deadline)
         stop = min(self.deadline, time.monotonic() + linger)
-        while linger and self.calls and time.monotonic() < stop:
+        while linger and self.calls and self._good() < self.first and time.monotonic() < stop:
             self._step(stop)
         self._leave(linger)
         return self.answers
+
+    def _good(self) -> int:
+        return sum(reply.status == 200 for reply in self.answers.values())
 
     def _leave(self, linger: float) -> None:
         """Give up calls that could not even be sent; the others may be answered late."""
@@ -757,8 +773,9 @@ class Exchange:
         unsent = [call for call in self.calls.values() if call.link.outgoing]
         for call in unsent:
             call.link.close()
-        for call in self.calls.values() if linger else unsent:
             self.peers.fail(call.to.node)
+        if linger and self._good() < self.first:
+            self.peers.mark_slow(call.to.node for call in sent)
         self.peers.later(sent)
 
     def _step(self, stop: float) -> None:
@@ -1447,7 +1464,7 @@ class Registers:
         return {"views": self.views_after(epoch)} if epoch < self.view.epoch else None
 
     def slot(self, bucket: str, key: str, brief: bool = False) -> Slot:
-        """What is known here of one register; if `brief`, without the value of an object."""
+        """What is known here of one register; if `brief`, without the value, but a tombstone."""
         with self.lock:
             rows = self._all(SLOT, bucket, key.encode())
             if not rows:
@@ -1507,7 +1524,8 @@ class Registers:
         """What is accepted here; about the bucket, too, if there is no object."""
         with self.lock:
             slot = self.slot(bucket, key, brief)
-            there = live(slot.value) or (slot.accepted and slot.value is None)
+            left_out = brief and slot.accepted and slot.value is None
+            there = left_out or live(slot.value)
             return told(slot, None if there else self.basis(bucket, key))
 
     def prepare(self, bucket: str, key: str, ballot: str) -> Message:
@@ -1782,14 +1800,10 @@ def told_of(answers: Answers) -> dict[int, Sequence[Any]]:
     }
 
 
-def certain(groups: Groups, answers: Answers) -> bool:
-    """Does this read quorum leave no doubt?"""
-    return weigh(groups, told_of(answers)).settled
-
-
 def settled(groups: Groups, answers: Answers) -> bool:
     """Are these answers a read quorum that leaves no doubt?"""
-    return covers(groups, told_of(answers), read_quorum) and certain(groups, answers)
+    told = told_of(answers)
+    return covers(groups, told, read_quorum) and weigh(groups, told).settled
 
 
 def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
@@ -1839,14 +1853,16 @@ class Rounds:
         change quorum agrees; otherwise it finishes the change it found. SlowDown."""
         place = {"bucket": bucket, "key": key, "brief": False}
         view, answers = yield from self.gather(
-            "read", bucket, place, "accepted", read_quorum, certain
+            "read", bucket, place, "accepted", read_quorum,
+            lambda groups, having: weigh(groups, told_of(having)).settled,
         )
         groups = view.groups(bucket)
         top = weigh(groups, told_of(answers))
         if not top.settled:
             return live((yield from self.change(bucket, key, lambda value: None))), None
         basis = told_of_bucket(answers)
-        return live(top.value), weigh(groups, basis) if basis else None
+        enough = covers(groups, basis, read_quorum)
+        return live(top.value), weigh(groups, basis) if enough else None
 
     def bucket(self, bucket: str, known: Top | None = None) -> Steps[Value | None]:
         """The bucket's own record, whatever its state; `known` is what came with something else."""
@@ -2246,8 +2262,8 @@ class Cluster:
 
     def ask(self, ask: Ask) -> Answers:
         """Ask the others over the network, and this node by a function call: first, where it may be
-        enough alone, else while they are at it. They then leave out the value that this node is
-        likely to have as well."""
+        enough alone, else while they are at it. Who is asked to read leaves out the value then,
+        which this node is likely to have as well."""
         contacts = everyone(ask.groups)
         others = self._order([contact for contact in contacts if contact.node != self.own.node])
         answers: dict[int, Message] = {}
@@ -2261,16 +2277,13 @@ class Cluster:
             look()
             if others and not ask.enough(answers):
                 self._ask_others(ask, others, answers)
-        elif "brief" in ask.message:
-            brief = ask._replace(message={**ask.message, "brief": True})
-            self._ask_others(brief, others, answers, look)
-            local = answers[self.own.node]
-            newest = max(answer.get("accepted", "") for answer in answers.values())
-            if newest > local.get("accepted", ""):  # this node missed a change
-                answers = {self.own.node: local}
-                self._ask_others(ask, others, answers)
         else:
-            self._ask_others(ask, others, answers, look)
+            brief = {"brief": True} if "brief" in ask.message else {}
+            self._ask_others(ask._replace(message=ask.message | brief), others, answers, look)
+            newest = max(answer.get("accepted", "") for answer in answers.values())
+            if brief and newest > answers[self.own.node].get("accepted", ""):  # we missed a change
+                answers.clear()  # not to be mixed: a tombstone may have been dropped meanwhile
+                self._ask_others(ask, self._order(others), answers, look)
         return answers
 
     def _answer_here(self, name: str, message: Message) -> Message:
@@ -2443,8 +2456,8 @@ class Cluster:
         def enough(replies: Mapping[int, Reply]) -> bool:
             return sum(reply.status == 200 for reply in replies.values()) >= least
 
-        answering = sum(not self.peers.skipped(contact.node) for contact in others)
-        first = max(least, min(wanted, answering))  # repair will see to those that are silent
+        answering = sum(not self.peers.slow(contact.node) for contact in others)
+        first = max(least, min(wanted, answering))  # repair will see to those that are slow
         questions = [Question(contact, f"store/{block}", data, raw=True) for contact in others]
         return self.peers.ask(questions, enough, first, BLOCK_SECONDS, LINGER_SECONDS)
 
@@ -2985,7 +2998,7 @@ class DistributedStore:
         self.cluster.peers.heard(sealed.sender.node)
         status, body = self._answer(name, argument, request, sealed)
         proves_itself = name == "fetch" and status == 200
-        proof = "" if proves_itself else self.seal.proof(sealed.seal, status, body)
+        proof = "" if proves_itself else self.seal.proof(sealed.mac, status, body)
         return zs3.Response(status, {"x-zs3-proof": proof} if proof else {}, body)
 
     def _answer(
