@@ -7158,6 +7158,18 @@ def test_nodes_started_in_one_directory_have_a_folder_each(tmp_path: Path) -> No
         assert (folder / ".node_id").read_text().strip() == node.ping()["node"]
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--bootstrap=here", "--bootstrap=a:1,b:0", "--advertise=here", "--advertise=a:65536",
+     "--advertise=a b:1", "--forget=abc", f"--forget={'g' * 40}"],
+)  # fmt: skip
+def test_an_address_or_node_id_that_is_none_is_said_plainly(tmp_path: Path, flag: str) -> None:
+    node = Process(tmp_path / "data", flag)
+    assert node.process.wait(30) == 1
+    last = Path(f"{node.data}.log").read_text().splitlines()[-1]
+    assert last.startswith(f"zs3: {flag.partition('=')[0]} wants ")
+
+
 def test_the_folder_of_a_running_node_is_refused_to_another(tmp_path: Path) -> None:
     first = Process(tmp_path / "data")
     first.members(1)

@@ -299,10 +299,16 @@ key_field = field_that(
 )
 
 
+def address_field(raw: Any) -> str:
+    """HOST:PORT."""
+    address = text_field(ADDRESS)(raw)
+    need(0 < int(address.rpartition(":")[2]) < 65536, "port")
+    return cast(str, address)
+
+
 def contact_field(raw: Any) -> Contact:
     """[node id, address]."""
-    node, address = tuple_field(text_field(NODE), text_field(ADDRESS))(raw)
-    need(0 < int(address.rpartition(":")[2]) < 65536, "port")
+    node, address = tuple_field(text_field(NODE), address_field)(raw)
     return Contact(int(node, 16), address)
 
 
@@ -3660,10 +3666,18 @@ def node_id(data: Path) -> int:
     return node
 
 
+def option(name: str, text: str, check: Check, form: str) -> Any:
+    """What an option of the command line says, checked; the end of this process if it is wrong."""
+    try:
+        return check(text)
+    except ValueError:
+        raise SystemExit(f"zs3: --{name} wants {form}, not {text}") from None
+
+
 def advertised(args: argparse.Namespace) -> str:
     """The address that peers are told: --advertise, or that of the interface that we listen on."""
     if args.advertise:
-        return cast(str, text_field(ADDRESS)(args.advertise))
+        return cast(str, option("advertise", args.advertise, address_field, "HOST:PORT"))
     host = str(args.host)
     if host in ("", "0.0.0.0", "::"):
         with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
@@ -3690,8 +3704,7 @@ def open_store(
 ) -> DistributedStore:
     """The store of a node of a cluster, as the command line asks for it."""
     for address in args.bootstrap:
-        if not ADDRESS.fullmatch(address):
-            raise SystemExit(f"zs3: --bootstrap wants HOST:PORT, not {address}")
+        option("bootstrap", address, address_field, "HOST:PORT")
     data = Path(args.data_dir)
     (data / ".index").mkdir(parents=True, exist_ok=True)
     lock = lock_folder(data)
@@ -3708,9 +3721,10 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
     """What runs in the background, and how often, which follows from --gossip-interval-ms."""
     gossip = args.gossip_interval_ms / 1000
     keep = Housekeeping(store, args.gc_grace, args.tombstone_grace)
+    gone = args.forget and option("forget", args.forget, text_field(NODE), "a node's 40 hex digits")
     member = Membership(
         store, args.bootstrap, args.replicas, max(FORGET_ROUNDS * gossip, args.tombstone_grace),
-        args.discover, int(text_field(NODE)(args.forget), 16) if args.forget else None,
+        args.discover, int(gone, 16) if gone else None,
     )
     steps: list[tuple[Callable[[], None], float]] = [
         (member.join, 0.5),
