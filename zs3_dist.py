@@ -466,10 +466,10 @@ class Sealed(NamedTuple):
 
 class Seal:
     """Seals requests to peers and checks theirs: `x-zs3-seal: SENDER ADDRESS RECEIVER NONCE PAYLOAD
-    HMAC`, the last under the cluster key, over the path and the rest. No
-    date, since a node whose clock is a day off is still a member: the receiver is named, so that a
-    request cannot be replayed to another node, and to replay one to the same node changes nothing
-    that a delayed duplicate could not (ballots order everything). Answers carry a proof, too."""
+    HMAC`, the last under the cluster key, over the path and the rest. No date, since a node whose
+    clock is a day off is still a member: the receiver is named, so that a request cannot be
+    replayed to another node, and to replay one to the same node changes nothing that a delayed
+    duplicate could not (ballots order everything). Answers carry a proof, too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
