@@ -5285,6 +5285,19 @@ def test_a_flag_that_is_unknown_or_has_a_bad_value_is_refused(
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [([], "data"), (["--port=9001"], "data"), (["--distributed"], "data"),
+     (["--distributed", "--port=9001"], "data-9001"),
+     (["--distributed", "--port=9001", "--data-dir=here"], "here")],
+)  # fmt: skip
+def test_the_folder_when_none_is_given(
+    arguments: list[str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ZS3_DATA_DIR", raising=False)
+    assert zs3.parse_arguments(arguments).data_dir == folder
+
+
 def test_flags_may_come_from_the_environment(folder: Path) -> None:
     environment = {
         "ZS3_ACL": ACL.removeprefix("--acl="), "ZS3_BUCKET": "one-bucket,two-bucket",
