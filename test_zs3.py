@@ -21,6 +21,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import datetime
+import errno
 import hashlib
 import hmac
 import http.client
@@ -6158,6 +6159,36 @@ def let_know(net: Net, node: SimCluster, key: str = "k") -> None:
     say(net, node, "learn", key=key, ballot=accepted)
 
 
+def test_a_view_that_the_disk_has_no_room_for_is_left_for_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = owners(3)[1]
+
+    def full(views: Any) -> bool:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(nodes[0].node.registers, "adopt", full)
+    with raises("SlowDown"):
+        housekeeping(nodes[0])[1].forget(nodes[2].own.node)
+    monkeypatch.undo()
+    housekeeping(nodes[0])[1].forget(nodes[2].own.node)
+    assert nodes[0].known_view().member(nodes[2].own.node) is None
+
+
+def test_a_node_that_was_told_of_a_view_without_it_notes_it_before_it_asks_anybody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, nodes = owners(3)
+    view = nodes[0].known_view()
+    last = net.clusters[view.members[2].node]
+    after = view.with_members(view.members[:2])
+    net.deliver("views", {"views": [after.as_json()]}, nodes[0].own, last.own.node)
+    net.down.update({contact.node for contact in view.members[:2]})
+    with raises("SlowDown"):
+        housekeeping(last)[1].join()
+    assert not last.joined.is_set()
+
+
 def test_a_read_does_not_mix_what_it_was_told_at_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
     net, nodes = owners(3)
     put(nodes[0], OLD)
@@ -6634,10 +6665,8 @@ def peer_request(path: str, headers: dict[str, str], body: bytes) -> zs3.Request
     return request
 
 
-def signed(
-    seal: zs3_dist.Seal, to: Contact, path: str, body: bytes, raw: bool = False
-) -> zs3.Request:
-    head, _ = seal.request(zs3_dist.Question(to, path, body, raw))
+def signed(seal: zs3_dist.Seal, to: Contact, path: str, body: bytes) -> zs3.Request:
+    head, _ = seal.request(zs3_dist.Question(to, path, body))
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:] if line)
     return peer_request("/_zs3/" + path, headers, body)
 
@@ -6717,12 +6746,11 @@ def test_unsigned_and_foreign_requests_change_nothing(lonely: Lonely) -> None:
     foreign = zs3_dist.Seal(Contact(7, "127.0.0.1:7"), "another secret")
     other = Contact(9, "127.0.0.1:9")
     for path, body in paths.items():
-        raw = path.startswith("store")
         requests = [
             peer_request("/_zs3/" + path, {}, body),
-            signed(foreign, lonely.own, path, body, raw),
-            signed(lonely.peer, other, path, body, raw),  # meant for another node
-            *(signed(lonely.peer, lonely.own, path, body, raw) for _ in range(9)),
+            signed(foreign, lonely.own, path, body),
+            signed(lonely.peer, other, path, body),  # meant for another node
+            *(signed(lonely.peer, lonely.own, path, body) for _ in range(9)),
         ]
         requests[3].path = "/_zs3/store/" + "1" * 64  # sealed for another path
         del requests[4].headers["x-zs3-seal"]
@@ -6778,7 +6806,7 @@ def test_200_malformed_signed_messages_are_refused_and_change_nothing(lonely: Lo
 
 
 def test_a_block_that_does_not_match_its_name_is_refused(lonely: Lonely) -> None:
-    answer = lonely.store.internal(signed(lonely.peer, lonely.own, "store/" + "0" * 64, b"x", True))
+    answer = lonely.store.internal(signed(lonely.peer, lonely.own, "store/" + "0" * 64, b"x"))
     assert answer.status == 400
     assert not lonely.node.blocks.has("0" * 64)
 
@@ -6870,6 +6898,64 @@ def test_while_a_slow_copy_is_waited_for_another_takes_its_place() -> None:
         assert time.monotonic() - began < 3
 
 
+def test_who_cannot_be_connected_to_is_skipped_and_the_next_one_asked_at_once() -> None:
+    with fake_peers(3) as (fakes, peers), socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        dead = fakes[0].contact._replace(address=f"127.0.0.1:{nobody.getsockname()[1]}")
+        unknown = fakes[1].contact._replace(address="no-such-host.invalid:1")
+        asked = [zs3_dist.Question(contact, "hello", b"{}") for contact in (dead, unknown)]
+        began = time.monotonic()
+        answers = peers.ask([*asked, *questions(fakes[2:])], lambda raw: good(raw) >= 1, 1, 100.0)
+        assert [answers[number].status for number in range(3)] == [0, 0, 200]
+        assert time.monotonic() - began < 2.4  # before one more would have been asked anyway
+        assert peers.skipped(0) and peers.skipped(1) and not peers.skipped(2)
+
+
+def test_a_kept_connection_that_broke_is_made_anew_or_the_next_peer_asked() -> None:
+    with fake_peers(2) as (fakes, peers):
+        peers.ask(questions(fakes), lambda raw: good(raw) >= 2, 2, 10.0)
+        [link] = peers._idle[fakes[0].contact.address]
+        link.socket.shutdown(socket.SHUT_RDWR)
+        answers = peers.ask(questions(fakes[:1]), lambda raw: good(raw) >= 1, 1, 10.0)
+        assert good(answers) == 1 and fakes[0].asked == 2
+        [link] = peers._idle[fakes[0].contact.address]
+        link.socket.shutdown(socket.SHUT_RDWR)
+        fakes[0].shutdown()
+        fakes[0].server_close()
+        answers = peers.ask(questions(fakes), lambda raw: good(raw) >= 1, 1, 100.0)
+        assert answers[0].status == 0 and answers[1].status == 200 and peers.skipped(0)
+
+
+def test_a_question_not_yet_sent_when_others_are_enough_is_sent_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fake_peers(1) as (fakes, peers):
+        exchange = zs3_dist.Exchange(peers, questions(fakes), 10.0)
+        monkeypatch.setattr(zs3_dist.Link, "pump", lambda link: None)  # it is still connecting
+        exchange.begin(1)
+        monkeypatch.undo()
+        exchange.finish(lambda raw: True, 0)
+        deadline = time.monotonic() + 10
+        while not peers._idle:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert fakes[0].asked == 1 and not peers.skipped(0)
+
+
+def test_a_late_answer_of_a_stranger_is_not_one_of_the_peer() -> None:
+    with fake_peers(1) as (fakes, peers):
+        fakes[0].seal = zs3_dist.Seal(fakes[0].contact, "another secret")
+        peers.fail(0)
+        exchange = zs3_dist.Exchange(peers, questions(fakes), 10.0)
+        exchange.begin(1)
+        exchange.finish(lambda raw: True, 0)
+        deadline = time.monotonic() + 10
+        while not peers._idle:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert peers.skipped(0)
+
+
 def test_who_was_waited_for_in_vain_is_slow_though_it_is_heard_from() -> None:
     with fake_peers(3, silent=2) as (fakes, peers):
         peers.ask(questions(fakes), lambda raw: good(raw) >= 2, 3, 10.0, 0.2)
@@ -6908,6 +6994,19 @@ def test_a_block_that_was_healed_while_it_was_found_bad_stays(
     monkeypatch.setattr(zs3_dist, "block_hash", heals_first)
     assert blocks.get(name) is None
     assert blocks.get(name) == good and (blocks.count, blocks.total_bytes) == (1, 1000)
+
+
+def test_a_block_that_is_there_is_flushed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = zs3_dist.block_hash(b"x")
+    zs3_dist.Blocks(tmp_path).put(name, b"x")
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    blocks = zs3_dist.Blocks(tmp_path, fsync=True)
+    blocks.put(name, b"x")
+    path = blocks.path(name)
+    assert flushed == [str(path), str(path.parent), str(tmp_path)]
 
 
 def test_blocks_are_verified_set_aside_and_counted(tmp_path: Path) -> None:
@@ -7181,6 +7280,19 @@ def test_an_address_or_node_id_that_is_none_is_said_plainly(tmp_path: Path, flag
     assert node.process.wait(30) == 1
     last = Path(f"{node.data}.log").read_text().splitlines()[-1]
     assert last.startswith(f"zs3: {flag.partition('=')[0]} wants ")
+
+
+def test_nodes_that_were_all_given_the_same_list_found_one_cluster(tmp_path: Path) -> None:
+    nodes = [Process(tmp_path / str(number)) for number in range(3)]
+    for node in nodes:
+        node.kill()
+        shutil.rmtree(node.data, ignore_errors=True)  # it may not have come so far
+    listed = ",".join(f"localhost:{node.port}" for node in nodes)  # they call themselves 127.0.0.1
+    for node in nodes:
+        node.join = [f"--bootstrap={listed}"]
+        node.start()
+    for node in nodes:
+        node.members(3)
 
 
 def test_the_folder_of_a_running_node_is_refused_to_another(tmp_path: Path) -> None:

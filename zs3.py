@@ -36,9 +36,9 @@ On disk, under --data-dir:
     .tmp/                 files being written: never an object until renamed
     .locks/               empty files that processes sharing the folder lock
 
-Refused, always with an S3 error and without a change: every sub-resource that no route names
-(versioning, ACLs, policies, tagging, lifecycle, object lock, encryption, ...) and every declared
-digest, length, date or signature that does not hold.
+Refused, always with an S3 error and without a change: what is not done here (to set versioning,
+ACLs, policies, tagging, lifecycle, object lock, encryption, ...) and every declared digest, length,
+date or signature that does not hold.
 """
 
 from __future__ import annotations
@@ -440,7 +440,6 @@ class Settings:
     cors_origins: tuple[str, ...] = ()  # "*" for any
     domain: str = ""  # BUCKET.domain is the bucket, too
     min_part_bytes: int = MIN_PART_BYTES
-    region: str = "us-east-1"
 
 
 @dataclass
@@ -2273,6 +2272,7 @@ def finished_info(upload: Upload, parts: Sequence[ObjectInfo]) -> ObjectInfo:
 # ===== 9 Operations =====
 # Each is operation(store, request) -> Response, named as in the S3 API reference.
 
+REGION = "us-east-1"  # of every bucket; in a signature any other will do
 OWNER = xml(ID=hashlib.sha256(b"zs3").hexdigest(), DisplayName="zs3")  # of every bucket and object
 STORED_HEADERS = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
@@ -2356,7 +2356,7 @@ def checksum_fields(info: ObjectInfo) -> dict[str, object]:
 
 def list_buckets(store: Store, request: Request) -> Response:
     """GET /."""
-    query, region = request.query, request.settings.region
+    query = request.query
     asked = query.get("max-buckets", str(MAX_PAGE_BUCKETS))
     limit = parse_integer(asked, "max-buckets", 1, MAX_PAGE_BUCKETS)
     prefix, after = query.get("prefix", ""), decode_token(query.get("continuation-token", ""))
@@ -2364,7 +2364,7 @@ def list_buckets(store: Store, request: Request) -> Response:
         info for info in store.list_buckets() if info.name.startswith(prefix) and info.name >= after
     ]
     shown = [
-        xml(Name=info.name, CreationDate=iso_date(info.created), BucketRegion=region)
+        xml(Name=info.name, CreationDate=iso_date(info.created), BucketRegion=REGION)
         for info in found[:limit]
     ]
     return document(
@@ -2387,7 +2387,7 @@ def create_bucket(store: Store, request: Request) -> Response:
 def head_bucket(store: Store, request: Request) -> Response:
     """HEAD /bucket."""
     store.stat_bucket(request.bucket)
-    return Response(200, {"x-amz-bucket-region": request.settings.region})
+    return Response(200, {"x-amz-bucket-region": REGION})
 
 
 def delete_bucket(store: Store, request: Request) -> Response:

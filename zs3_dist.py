@@ -71,7 +71,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import zs3
-from zs3 import BucketInfo, Condition, ObjectInfo, S3Error
+from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error
 
 try:
     from blake3 import blake3
@@ -447,13 +447,16 @@ class Reply(NamedTuple):
 
 
 class Question(NamedTuple):
-    """One request to one peer. `path` is below /_zs3/; a raw body is not covered by the seal: it is
-    a block, and the sealed path has its hash."""
+    """One request to one peer. `path` is below /_zs3/: a message, or store/HASH or fetch/HASH."""
 
     to: Contact
     path: str
     body: bytes
-    raw: bool = False
+
+    @property
+    def of_block(self) -> bool:
+        """Whether it moves a block, which the seal covers by the hash in the path."""
+        return "/" in self.path
 
 
 class Sealed(NamedTuple):
@@ -467,7 +470,7 @@ class Sealed(NamedTuple):
 class Seal:
     """Seals requests to peers and checks theirs: `x-zs3-seal: SENDER ADDRESS RECEIVER NONCE PAYLOAD
     HMAC`, the last under the cluster key, over the path and the rest. No date, since a node whose
-    clock is a day off is still a member: the receiver is named, so that a request cannot be
+    clock is a day off is still a member: the receiver is named, so that no request but hello can be
     replayed to another node, and to replay one to the same node changes nothing that a delayed
     duplicate could not (ballots order everything). Answers carry a proof, too."""
 
@@ -479,7 +482,7 @@ class Seal:
     def request(self, question: Question) -> tuple[bytes, str]:
         """Head of the HTTP request, and the HMAC that the answer must prove to have seen."""
         to, path = question.to, "/_zs3/" + question.path
-        payload = "-" if question.raw else zs3.sha256_hex(question.body)
+        payload = "-" if question.of_block else zs3.sha256_hex(question.body)
         said = f"{self._from} {node_hex(to.node)} {secrets.token_hex(8)} {payload}"
         mac = self._mac(path, said)
         head = (
@@ -713,10 +716,12 @@ class Peers:
         """Move one late call on; True when it is over."""
         try:
             if call.link.socket.fileno() in ready:
-                if call.link.pump() is None:
+                reply = call.link.pump()
+                if reply is None:
                     return False
                 self.give(call.to.address, call.link)
-                self.heard(call.to.node)
+                if call.good(reply):
+                    self.heard(call.to.node)
                 return True
         except OSError:
             call.link.close()  # the peer went away; whoever needs it next will notice
@@ -774,15 +779,16 @@ class Exchange:
         return sum(reply.status == 200 for reply in self.answers.values())
 
     def _leave(self, linger: float) -> None:
-        """Give up calls that could not even be sent; the others may be answered late."""
-        sent = [call for call in self.calls.values() if not call.link.outgoing]
-        unsent = [call for call in self.calls.values() if call.link.outgoing]
+        """The others may be answered late, but for blocks not even sent: their bytes go."""
+        calls = self.calls.values()
+        unsent = [call for call in calls if call.link.outgoing and call.question.of_block]
+        late = [call for call in calls if call not in unsent]
         for call in unsent:
             call.link.close()
             self.peers.fail(call.to.node)
         if linger and self._good() < self.first:
-            self.peers.mark_slow(call.to.node for call in sent)
-        self.peers.later(sent)
+            self.peers.mark_slow(call.to.node for call in late)
+        self.peers.later(late)
 
     def _step(self, stop: float) -> None:
         now = time.monotonic()
@@ -799,18 +805,25 @@ class Exchange:
                 self._pump(self.calls[fd])
 
     def _start(self) -> None:
-        """Ask the next in the queue."""
-        if not self.queue:
-            return
-        question = self.queue.popleft()
-        self.hedge = time.monotonic() + self.patience
+        """Ask the next in the queue to whom there is a connection."""
+        while self.queue:
+            question = self.queue.popleft()
+            self.hedge = time.monotonic() + self.patience
+            if self._open(question, self.peers.take):
+                return
+
+    def _open(self, question: Question, take: Callable[[str], Link]) -> bool:
         try:
-            link = self.peers.take(question.to.address)
+            link = take(question.to.address)
         except OSError:
-            self.answers[question.to.node] = Reply(0)
-            self.peers.fail(question.to.node)
-            return self._start()
+            self._lost(question.to)
+            return False
         self._send(question, link)
+        return True
+
+    def _lost(self, to: Contact) -> None:
+        self.answers[to.node] = Reply(0)
+        self.peers.fail(to.node)
 
     def _send(self, question: Question, link: Link) -> None:
         call = Call(question, link, self.peers.seal, self.deadline)
@@ -842,18 +855,13 @@ class Exchange:
             return self._fail(call)
         self._drop(call)
         call.link.close()
-        try:
-            link = Link(call.to.address)
-        except OSError:
-            self.answers[call.to.node] = Reply(0)
-            return
-        self._send(call.question, link)
+        if not self._open(call.question, Link):
+            self._start()
 
     def _fail(self, call: Call) -> None:
         self._drop(call)
         call.link.close()
-        self.answers[call.to.node] = Reply(0)
-        self.peers.fail(call.to.node)
+        self._lost(call.to)
         if time.monotonic() < self.deadline:
             self._start()
 
@@ -975,6 +983,9 @@ class Blocks:
         if self.touch(block):
             with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
                 if path.read_bytes() == data:
+                    if self.fsync:  # who wrote it may not have come so far yet
+                        sync(path)
+                        self._sync_folders(path)
                     return
         temporary = self.root / f"{block}.{secrets.token_hex(4)}.tmp"
         try:
@@ -987,18 +998,19 @@ class Blocks:
             temporary.unlink(missing_ok=True)
             raise
         if self.fsync:
-            sync_folder(path.parent)
-            sync_folder(self.root)
+            self._sync_folders(path)
         if new:
             self._counted(1, len(data))
 
+    def _sync_folders(self, path: Path) -> None:
+        sync(path.parent)
+        sync(self.root)
+
     def _write(self, path: Path, data: bytes | bytearray) -> None:
         with open(path, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            if self.fsync:
-                os.fsync(file.fileno())
+            zs3.write_all(file.fileno(), memoryview(data))
+        if self.fsync:
+            sync(path)
 
     def get(self, block: str) -> bytes | None:
         """The block's bytes, verified; None when it is not here. A bad one is set aside first."""
@@ -1074,9 +1086,9 @@ class Blocks:
             self.count, self.total_bytes = count, size
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or what was renamed in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -1143,7 +1155,6 @@ class Pins:
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
 # anew.
 
-UPLOADS = ".uploads"  # zs3's bucket of uploads in progress; it always exists
 VIEWS = ".views"  # the bucket of the registers that decide views; its key is the epoch
 
 Group = tuple[Contact, ...]
@@ -1542,7 +1553,7 @@ class Registers:
                 return {"refused": slot.promised}
             self._db.execute(
                 "INSERT INTO registers VALUES (?, ?, ?, '', 0, 0, NULL, NULL, NULL, ?)"
-                " ON CONFLICT DO UPDATE SET promised = excluded.promised",
+                " ON CONFLICT (bucket, key) DO UPDATE SET promised = excluded.promised",
                 (bucket, key.encode(), ballot, time.time()),
             )
             return told(slot, self.basis(bucket, key))
@@ -1713,7 +1724,7 @@ class Registers:
             return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
 
     def bury(self, bucket: str, key: str, ballot: str) -> bool:
-        """Drop the tombstone, if it is still that one and nothing else was promised."""
+        """Drop the tombstone, if it is still that one."""
         with self.lock:
             slot = self.slot(bucket, key)
             if slot.accepted != ballot or live(slot.value) or (not key and self.live_keys(bucket)):
@@ -2431,7 +2442,7 @@ class Cluster:
     def store(self, block: str, data: bytes) -> None:
         """Have two nodes or more hold the block (all, in a smaller cluster). SlowDown otherwise."""
         view = self.view()
-        order = sorted(self.holders(block), key=lambda contact: self.peers.skipped(contact.node))
+        order = sorted(self.holders(block), key=lambda contact: self.peers.slow(contact.node))
         wanted = min(view.replicas, len(order))
         least = min(2, wanted)
         held = int(self.own in order[:wanted] and self._store_here(block, data))
@@ -2464,7 +2475,7 @@ class Cluster:
 
         answering = sum(not self.peers.slow(contact.node) for contact in others)
         first = max(least, min(wanted, answering))  # repair will see to those that are slow
-        questions = [Question(contact, f"store/{block}", data, raw=True) for contact in others]
+        questions = [Question(contact, f"store/{block}", data) for contact in others]
         return self.peers.ask(questions, enough, first, BLOCK_SECONDS, LINGER_SECONDS)
 
     def fetch(self, block: str) -> bytes:
@@ -3295,7 +3306,7 @@ class Housekeeping:
         data = self.blocks.get(block)
         if data is None:
             return
-        question = Question(contact, f"store/{block}", data, raw=True)
+        question = Question(contact, f"store/{block}", data)
         replies = self.cluster.peers.ask([question], bool, 1, BLOCK_SECONDS)
         if replies.get(contact.node, Reply(0)).status == 200:
             self.store.counts["repairs"] += 1
@@ -3381,6 +3392,8 @@ class Membership:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
         member = view.member(self.node.own.node) if view else None
+        if member is None:
+            self.cluster.joined.clear()  # a peer may have told it
         if view is None:
             self._find_cluster()
         elif member == self.node.own:
@@ -3405,7 +3418,7 @@ class Membership:
     def _find_cluster(self) -> None:
         """A fresh node: enter the cluster that others are in; found one if there is none."""
         fresh: list[int] = []
-        silent = False
+        silent, listed = False, self.discovering  # listed: the others know of this node
         for address in self._addresses():
             answer = self._ask(address)
             if answer is None:
@@ -3414,12 +3427,16 @@ class Membership:
                 self._install(answer)
                 return self._enter()
             else:
-                fresh.append(contact_field(answer["contact"]).node)
+                node = contact_field(answer["contact"]).node
+                if node == self.node.own.node:
+                    listed = True  # by another name of this address
+                else:
+                    fresh.append(node)
         if not (self.bootstrap or self.discovering):
             return self._found()  # nobody said that there are others
-        # Where all are fresh, one of those who are told to the others founds it: the first by id,
-        # once it has heard them all.
-        listed = self.node.own.address in self.bootstrap or self.discovering
+        # Where all are fresh, the first by id founds it: of those in the list that all were given,
+        # once it has heard all of them.
+        listed = listed or self.node.own.address in self.bootstrap
         waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
         first = self.node.own.node < min(fresh, default=math.inf)
         if listed and waited and first and not silent:
@@ -3479,6 +3496,8 @@ class Membership:
                 return
             with contextlib.suppress(StaleView):  # another view was decided meanwhile
                 self._decide(view, after)
+            if self.cluster.known_view().epoch == view.epoch:  # a full disk: it cannot be entered
+                raise S3Error("SlowDown")
 
     def _decide(self, view: View, after: View) -> None:
         """Decide the view that follows `view`: `after`, or what somebody else decided already."""
@@ -3660,6 +3679,7 @@ def node_id(data: Path) -> int:
     node = secrets.randbits(ID_BITS)
     temporary = path.with_suffix(".new")
     temporary.write_text(node_hex(node) + "\n")
+    sync(temporary)
     for old in (data / ".index").glob("registers.db*"):
         old.unlink()
     temporary.replace(path)
@@ -3690,7 +3710,8 @@ def advertised(args: argparse.Namespace) -> str:
 
 
 def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]) -> str:
-    """--cluster-secret, or the first admin's secret: nodes with the same --acl make one cluster."""
+    """--cluster-secret, or access key and secret of the admin who sorts first: nodes with the same
+    --acl make one cluster."""
     if args.cluster_secret:
         return cast(str, args.cluster_secret)
     admins = sorted(c for c in credentials.values() if c.role == "admin")
