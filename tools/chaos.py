@@ -1460,8 +1460,11 @@ PLANTED = (
         lambda number, modules: race(20, modules),
     ),
     Planted(
-        "a read does not finish a change that it found half-way",
-        {"if not top.settled:\n" + " " * 12 + "return": "if False:\n" + " " * 12 + "return"},
+        "a read takes the newest of a majority, though a change is half-way",
+        {
+            "weigh(groups, told_of(having)).settled,": "True,",
+            "if not top.settled:\n" + " " * 12 + "return": "if False:\n" + " " * 12 + "return",
+        },
         lambda number, modules: chaos(number, 20, 3, ("slow", "one-way", "partition"), modules),
     ),
     Planted(
