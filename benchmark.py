@@ -4,7 +4,8 @@
     cell       one row ("GET 1KB c50") on one server. Its requests are signed beforehand, each with
                an invocation id of its own, so that no two are alike; then they are sent as fast as
                the replies come, over 1, 8 or 50 connections, for a bounded time. Every reply is
-               checked.
+               checked. GET and HEAD go round objects that were each read once before, untimed: a
+               kernel may have taken files that rested between two rounds out of memory.
     generator  a forked process with plain sockets and epoll. Cells in which it was busy for nine
                tenths of the time carry a "*": there it may have been the limit, not the server.
     rounds     all servers run at once, and cells take turns: A B C, A B C, ... The tables show the
@@ -390,7 +391,7 @@ def generate(plan: Plan, bodies: Bodies, share: slice, gate: Barrier, pipe: Conn
         load = Load(plan.endpoint, len(range(plan.connections)[share]), plan.expect,
                     plan.keep_alive)
         warm = len(range(plan.warm)[share])
-        load.run(iter(requests[:warm]), plan.seconds)
+        load.run(iter(requests[:warm]), REQUEST_SECONDS)
         gate.wait(REQUEST_SECONDS)
         pipe.send(load.run(iter(requests[warm:]), plan.seconds))
     except (OSError, threading.BrokenBarrierError) as error:
@@ -774,11 +775,12 @@ class Bench:
 
     def plan(self, server: Server, row: Row) -> Plan:
         """The cell's requests; the objects that they need are put in place."""
-        warm = row.connections if SIZES[row.what] <= MB else 0
+        keep, stock = STOCK[row.what], server.stock.setdefault(row.what, [])
+        warm = (max(keep, row.connections) if row.operation in ("GET", "HEAD") else
+                row.connections if SIZES[row.what] <= MB else 0)
         count = self.most(row) + warm
         if not row.keep_alive:
             count = min(count, MOST_OPENED)
-        keep, stock = STOCK[row.what], server.stock.setdefault(row.what, [])
         if row.operation.startswith("PUT"):
             jobs = self.puts(server, row, count)
         elif row.operation == "DELETE":
@@ -786,7 +788,7 @@ class Bench:
             jobs = self.take(server, row.what, min(count, len(stock) - keep))
         else:
             self.fill(server, row.what, keep - len(stock), 0)
-            jobs = [Job(row.operation, stock[number * 7919 % len(stock)])
+            jobs = [Job(row.operation, stock[number * 7919 % keep])
                     for number in range(count)]
         expect = Expect(SIZES[row.what] if row.operation in ("GET", "HEAD") else -1)
         return Plan(server.endpoint, jobs, expect, row.connections, self.seconds,

@@ -74,7 +74,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -115,6 +115,7 @@ MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
 MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
 DIRECTORY_NAMES = 8  # a remembered directory counts as this many names beside its own
 BLOCK_BYTES = 512 * KiB  # a body is read, hashed and written in blocks of this
+BODY_BLOCKS = 3  # of a body in memory: with two, hashing and receiving wait for each other
 CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
@@ -1104,21 +1105,23 @@ class Body:
             yield block[:got]
 
     def _large(self, digests: Mapping[str, Digest]) -> Iterator[memoryview]:
-        """Two blocks take turns: one is hashed while the next is received, in threads, as hashlib
-        lets others run meanwhile."""
+        """Blocks take turns: while one is received, those before it are hashed, each digest in a
+        thread of its own, as hashlib lets others run meanwhile."""
         # Their pages come when bytes do: a client that sends none costs none.
-        block, spare = (memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2))
-        hashing: list[Future[None]] = []
-        with ThreadPoolExecutor(len(digests)) as threads:
-            while True:
-                got = self._fill(block)
-                for each in hashing:
-                    each.result()
-                if not got:
-                    return
-                hashing = [threads.submit(d.update, block[:got]) for d in digests.values()]
-                yield block[:got]
-                block, spare = spare, block
+        blocks = deque(memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(BODY_BLOCKS))
+        hashing: deque[list[Future[None]]] = deque()
+        with contextlib.ExitStack() as ending:
+            threads = [ending.enter_context(ThreadPoolExecutor(1)) for _ in digests]
+            while got := self._fill(blocks[0]):
+                pairs = zip(threads, digests.values(), strict=True)
+                hashing.append([one.submit(to.update, blocks[0][:got]) for one, to in pairs])
+                yield blocks[0][:got]
+                blocks.rotate(-1)
+                if len(hashing) == BODY_BLOCKS:
+                    for each in hashing.popleft():
+                        each.result()
+            for each in itertools.chain(*hashing):
+                each.result()
 
     def _check_length(self) -> None:
         if max(self.length, self.size or 0) > self._limit:
