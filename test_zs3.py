@@ -6341,16 +6341,20 @@ def test_places_in_the_change_log_are_not_given_twice(tmp_path: Path) -> None:
     registers.close()
 
 
-def test_what_was_only_promised_becomes_the_floor_of_its_bucket() -> None:
+def test_what_was_only_promised_becomes_the_floor_of_its_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zs3_dist, "BATCH", 2)
     _, nodes = owners(3)
     registers = nodes[0].node.registers
     ballot = f"{nodes[0].known_view().epoch:08x}{99:012x}{7:016x}"
-    registers.prepare("bucket", "never-put", ballot)
+    for number in range(3):
+        registers.prepare("bucket", f"never-put-{number}", ballot)
     put(nodes[0], OLD)
-    for before, rows in ((0.0, 1), (math.inf, 0)):
-        registers.drop_promises(before)
+    for before, more, rows in ((0.0, False, 3), (math.inf, True, 1), (math.inf, False, 0)):
+        assert registers.drop_promises(before) == more
         assert registers._one("SELECT COUNT(*) FROM registers WHERE accepted = ''") == rows
-    assert registers.slot("bucket", "never-put").promised == ballot
+    assert registers.slot("bucket", "never-put-0").promised == ballot
     assert get(nodes[0]) == OLD
 
 
@@ -6930,11 +6934,8 @@ def test_a_question_not_yet_sent_when_others_are_enough_is_sent_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with fake_peers(1) as (fakes, peers):
-        exchange = zs3_dist.Exchange(peers, questions(fakes), 10.0)
         monkeypatch.setattr(zs3_dist.Link, "pump", lambda link: None)  # it is still connecting
-        exchange.begin(1)
-        monkeypatch.undo()
-        exchange.finish(lambda raw: True, 0)
+        peers.ask(questions(fakes), lambda raw: True, 1, 10.0, meanwhile=monkeypatch.undo)
         deadline = time.monotonic() + 10
         while not peers._idle:
             assert time.monotonic() < deadline
@@ -6946,9 +6947,7 @@ def test_a_late_answer_of_a_stranger_is_not_one_of_the_peer() -> None:
     with fake_peers(1) as (fakes, peers):
         fakes[0].seal = zs3_dist.Seal(fakes[0].contact, "another secret")
         peers.fail(0)
-        exchange = zs3_dist.Exchange(peers, questions(fakes), 10.0)
-        exchange.begin(1)
-        exchange.finish(lambda raw: True, 0)
+        peers.ask(questions(fakes), lambda raw: True, 1, 10.0)
         deadline = time.monotonic() + 10
         while not peers._idle:
             assert time.monotonic() < deadline

@@ -104,7 +104,7 @@ MAX_KNOWN_BUCKETS = 10_000  # whose owners are remembered, under names that may 
 
 CONNECT_SECONDS = 2.0  # also how long one small answer may take
 BLOCK_SECONDS = 10.0  # how long storing or fetching one block may take
-LINGER_SECONDS = 2.0  # a third copy is waited for so long after two are there
+COPY_SECONDS = 2.0  # a third copy is waited for so long after two are there
 HEDGE_SECONDS = 0.05  # a small answer later than this makes us ask one more peer
 SKIP_SECONDS = 10.0  # a peer that did not answer is asked last for so long, unless it is heard from
 JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to join its cluster
@@ -233,7 +233,7 @@ WRITE_ID = re.compile(r"[0-9a-f]{16}")
 BUCKET = re.compile(r"[a-z0-9.\-]{1,63}")
 CHECKSUM = re.compile(r".{0,200}")  # of a part, in base64
 MAX_COUNTER = 1 << 62
-MAX_KEY_BYTES = 1200  # S3's 1,024 and the prefix of an upload's parts
+MAX_REGISTER_BYTES = 1200  # of a register's key: S3's 1,024 and the prefix of an upload's parts
 
 Value = dict[str, Any]  # what a register holds: see `value_field`
 Message = dict[str, Any]
@@ -295,7 +295,7 @@ hashes_field = list_field(text_field(HASH))
 bucket_field = text_field(BUCKET)
 # An object key, or a prefix or start of keys; "" is the bucket's own register.
 key_field = field_that(
-    lambda raw: isinstance(raw, str) and len(raw.encode()) <= MAX_KEY_BYTES, "key"
+    lambda raw: isinstance(raw, str) and len(raw.encode()) <= MAX_REGISTER_BYTES, "key"
 )
 
 
@@ -649,11 +649,7 @@ class Peers:
         `first` questions are asked at once; once they are on their way, `meanwhile` is called. One
         more is asked for each that fails or takes HEDGE_SECONDS. It ends when `enough` says so (and
         up to `linger` seconds later, until `first` are good), or all answered or timed out."""
-        exchange = Exchange(self, questions, seconds)
-        exchange.begin(first)
-        if meanwhile:
-            meanwhile()
-        return exchange.finish(enough, linger)
+        return Exchange(self, questions, seconds).run(enough, first, linger, meanwhile)
 
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
@@ -752,33 +748,35 @@ class Exchange:
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
         self.hedge = 0.0  # monotonic; when one more is asked
-        self.first = 0  # how many were asked at once
         self.calls: dict[int, Call] = {}  # by file descriptor
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
 
-    def begin(self, first: int) -> None:
-        """Ask the first so many."""
-        self.first = min(first, len(self.queue))
-        for _ in range(self.first):
+    def run(
+        self, enough: Enough, first: int, linger: float, meanwhile: Callable[[], None] | None
+    ) -> dict[int, Reply]:
+        """See `Peers.ask`."""
+        first = min(first, len(self.queue))
+        for _ in range(first):
             self._start()
-
-    def finish(self, enough: Enough, linger: float) -> dict[int, Reply]:
-        """See `Peers.ask`. What was done since `begin` took no time of the peers'."""
-        now = time.monotonic()
-        self.deadline, self.hedge = now + self.seconds, now + self.patience
+        if meanwhile:
+            meanwhile()
+            now = time.monotonic()  # it took no time of the peers'
+            self.deadline, self.hedge = now + self.seconds, now + self.patience
         while (self.calls or self.queue) and not enough(self.answers):
             self._step(self.deadline)
         stop = min(self.deadline, time.monotonic() + linger)
-        while linger and self.calls and self._good() < self.first and time.monotonic() < stop:
+        while linger and self.calls and self._good() < first and time.monotonic() < stop:
             self._step(stop)
-        self._leave(linger)
+        if linger and self._good() < first:
+            self.peers.mark_slow(call.to.node for call in self.calls.values())
+        self._leave()
         return self.answers
 
     def _good(self) -> int:
         return sum(reply.status == 200 for reply in self.answers.values())
 
-    def _leave(self, linger: float) -> None:
+    def _leave(self) -> None:
         """The others may be answered late, but for blocks not even sent: their bytes go."""
         calls = self.calls.values()
         unsent = [call for call in calls if call.link.outgoing and call.question.of_block]
@@ -786,8 +784,6 @@ class Exchange:
         for call in unsent:
             call.link.close()
             self.peers.fail(call.to.node)
-        if linger and self._good() < self.first:
-            self.peers.mark_slow(call.to.node for call in late)
         self.peers.later(late)
 
     def _step(self, stop: float) -> None:
@@ -1220,8 +1216,7 @@ class View:
 
     def everybody(self) -> list[Contact]:
         """Members, and previous ones that are no longer."""
-        here = {contact.node for contact in self.members}
-        return [*self.members, *(c for c in self.previous if c.node not in here)]
+        return everyone((self.members, self.previous))
 
     def with_members(self, members: Iterable[Contact]) -> View:
         """The view that should follow: joint, unless only addresses changed."""
@@ -1377,8 +1372,9 @@ class Database(sqlite3.Connection):
 
 
 class Registers:
-    """The registers on this node's disk, and its view. Each method is atomic and durable. Those
-    named like messages are for `Node.answer`, which lets no other view in meanwhile."""
+    """The registers on this node's disk, and its view. What a method changes is on the disk when it
+    returns. Those named like messages are for `Node.answer`, which lets no other view in meanwhile.
+    """
 
     def __init__(self, own: int, path: str, fsync: bool = False) -> None:
         self.own = own
@@ -1509,21 +1505,23 @@ class Registers:
         self._db.execute("INSERT OR REPLACE INTO floors VALUES (?, ?, ?)", row)
 
     def _drop_row(self, bucket: str, key: str, promised: str) -> None:
-        """The floor keeps what the row promised."""
-        with self._transaction():
-            self._set_floor(bucket, promised)
-            row = (bucket, key.encode())
-            self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
+        """In a transaction. The floor keeps what the row promised."""
+        self._set_floor(bucket, promised)
+        row = (bucket, key.encode())
+        self._db.execute("DELETE FROM registers WHERE bucket = ? AND key = ?", row)
 
-    def drop_promises(self, before: float) -> None:
-        """Drop rows that only promise, since `before` (wall clock): of what was never there."""
+    def drop_promises(self, before: float) -> bool:
+        """Drop rows that only promise, since before `before` (wall clock): of what was never there.
+        BATCH at most; True if there may be more."""
         query = (
             "SELECT bucket, key, promised FROM registers"
             " WHERE accepted = '' AND since < ? AND bucket != ? LIMIT ?"
         )
-        with self.lock:
-            for bucket, key, promised in self._all(query, before, VIEWS, BATCH):
+        with self.lock, self._transaction():
+            rows = self._all(query, before, VIEWS, BATCH)
+            for bucket, key, promised in rows:
                 self._drop_row(bucket, key.decode(), promised)
+        return len(rows) == BATCH
 
     def basis(self, bucket: str, key: str) -> list[Any] | None:
         """[accepted, chosen, value] of the bucket's own register, if there is one to look at."""
@@ -1729,7 +1727,8 @@ class Registers:
             slot = self.slot(bucket, key)
             if slot.accepted != ballot or live(slot.value) or (not key and self.live_keys(bucket)):
                 return False
-            self._drop_row(bucket, key, slot.promised)
+            with self._transaction():
+                self._drop_row(bucket, key, slot.promised)
             self._bases.pop(bucket, None)
             return True
 
@@ -2468,7 +2467,7 @@ class Cluster:
         self, block: str, data: bytes, others: Sequence[Contact], wanted: int, least: int
     ) -> dict[int, Reply]:
         """Ask `wanted` of the others at once, and more for those that fail, in order. Once `least`
-        of them have the block, the rest get LINGER_SECONDS."""
+        of them have the block, the rest get COPY_SECONDS."""
 
         def enough(replies: Mapping[int, Reply]) -> bool:
             return sum(reply.status == 200 for reply in replies.values()) >= least
@@ -2476,7 +2475,7 @@ class Cluster:
         answering = sum(not self.peers.slow(contact.node) for contact in others)
         first = max(least, min(wanted, answering))  # repair will see to those that are slow
         questions = [Question(contact, f"store/{block}", data) for contact in others]
-        return self.peers.ask(questions, enough, first, BLOCK_SECONDS, LINGER_SECONDS)
+        return self.peers.ask(questions, enough, first, BLOCK_SECONDS, COPY_SECONDS)
 
     def fetch(self, block: str) -> bytes:
         """The block's bytes, verified: from this disk, else from who should hold it, else from who
@@ -3196,10 +3195,12 @@ class Housekeeping:
         says when to ask. What keeps a deleted key from coming back is that no owner has anything
         older than the tombstone any more, and that all promise not to accept it (`floors`)."""
         view = self.cluster.view()
-        self.registers.drop_promises(time.time() - self.tombstone_grace)
+        before = time.time() - self.tombstone_grace
+        while self.registers.drop_promises(before) and not self.store.closing.is_set():
+            pass
         after = ("", "")
         while True:
-            graves = self.registers.graves(time.time() - self.tombstone_grace, after)
+            graves = self.registers.graves(before, after)
             if not graves or self.store.closing.is_set():
                 return
             after = graves[-1][:2]
