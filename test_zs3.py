@@ -1362,6 +1362,39 @@ def test_a_presigned_put_ignores_the_sdks_checksum_of_an_empty_body_in_its_query
     assert s3.get("k").body == b"not empty"
 
 
+def test_headers_that_an_sdk_moves_into_the_query_of_a_presigned_url_count(s3: Client) -> None:
+    path = f"/{s3.bucket}/k"
+    query = {"x-amz-meta-name": "J\u00fcrgen", "x-amz-storage-class": "STANDARD"}
+    s3.unsigned("PUT", presign("PUT", s3.host, path, query), body=b"x").ok()
+    stored = s3.head("k").headers["x-amz-meta-name"]
+    assert stored.encode("latin-1").decode() == "J\u00fcrgen"
+    s3.unsigned("PUT", presign("PUT", s3.host, path, {"X-Amz-Meta-Name": "b"}), body=b"x").ok()
+    assert s3.head("k").headers["x-amz-meta-name"] == "b"
+    copied = {"x-amz-copy-source": f"{s3.bucket}/k"}
+    s3.unsigned("PUT", presign("PUT", s3.host, f"/{s3.bucket}/l", copied)).ok()
+    assert s3.get("l").body == b"x"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("x-amz-tagging", "a=b", "NotImplemented"),
+        ("x-amz-acl", "public-read", "AccessControlListNotSupported"),
+        ("x-amz-storage-class", "GLACIER", "InvalidStorageClass"),
+        ("x-amz-object-lock-mode", "COMPLIANCE", "NotImplemented"),
+        ("x-amz-meta-a", "b\r\nx: y", "InvalidArgument"),
+        ("x-amz-meta-a b", "c", "InvalidArgument"),
+        ("x-amz-meta-a", "b" * 2048, "MetadataTooLarge"),
+    ],
+)
+def test_what_is_refused_in_a_header_is_refused_in_the_query_of_a_presigned_url(
+    s3: Client, name: str, value: str, code: str
+) -> None:
+    target = presign("PUT", s3.host, f"/{s3.bucket}/k", {name: value})
+    assert s3.unsigned("PUT", target, body=b"x").error == code
+    assert s3.keys() == []
+
+
 def test_a_presigned_put_with_a_signed_header_needs_that_header(s3: Client) -> None:
     target = presign("PUT", s3.host, f"/{s3.bucket}/k", headers={"content-type": "text/x"})
     assert s3.unsigned("PUT", target, body=b"x").error in ("SignatureDoesNotMatch", "AccessDenied")
@@ -1915,7 +1948,7 @@ def test_get_object_attributes_of_a_multipart_object(s3: Client) -> None:
     parts = [bytes([n]) * MIN_PART for n in range(5)]
     upload_with_checksums(s3, "k", parts, "SHA256", "COMPOSITE").ok()
     answer = s3.on_key("GET", "k", "attributes", headers=EVERY_ATTRIBUTE).ok()
-    assert answer.text("ObjectParts/TotalPartsCount") == "5"
+    assert answer.text("ObjectParts/PartsCount") == "5"
     assert answer.texts("ObjectParts/Part/PartNumber") == list("12345")
     assert answer.texts("ObjectParts/Part/Size") == [str(MIN_PART)] * 5
     assert answer.texts("ObjectParts/Part/ChecksumSHA256") == [
@@ -4659,6 +4692,46 @@ def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
     assert (found.etag, found.headers) == (info.etag, {"kind": "text/x"})
 
 
+def test_an_upload_whose_description_was_lost_is_no_upload_any_more(disk: Client) -> None:
+    """As by a copy of the folder without attributes."""
+    upload_id = disk.create_upload("k")
+    record = disk.folder.parent / ".uploads" / disk.bucket / upload_id / "00000"
+    os.removexattr(record, "user.zs3")
+    other = disk.create_upload("k")
+    assert disk.on_bucket("GET", "uploads").ok().texts("Upload/UploadId") == [other]
+    assert disk.on_key("DELETE", "k", f"uploadId={upload_id}").error == "NoSuchUpload"
+
+
+def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
+    """A part in a bucket's upload, and what the finished object is to be."""
+    store.create_bucket("bucket")
+    key, body = f"bucket/{'0' * 32}/00001", zs3.Body(io.BytesIO(b"old"), 3)
+    part = store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
+    return part, zs3.ObjectInfo("k", 3, zs3.multipart_etag([part]), 0.0, upload_id="0" * 32)
+
+
+def test_of_requests_to_complete_one_upload_one_at_a_time_is_at_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that has waited long enough asks again: that must not double the work."""
+    store = zs3.FileStore(str(folder))
+    part, info = part_of_an_upload(store)
+    append, at_work, most = store._append, threading.Semaphore(1), []
+
+    def slowly(*given: Any) -> None:
+        most.append(at_work.acquire(blocking=False))
+        time.sleep(0.05)
+        append(*given)
+        at_work.release()
+
+    monkeypatch.setattr(store, "_append", slowly)
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        given = ("bucket", "k", [part], info, zs3.NO_CONDITION)
+        for each in [threads.submit(store.concatenate, *given) for _ in range(3)]:
+            each.result()
+    assert most == [True] * 3
+
+
 def test_while_a_key_with_two_files_is_deleted_nothing_older_shows(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5314,6 +5387,15 @@ def test_flags_may_come_from_the_environment(folder: Path) -> None:
         json.loads(server.wait_for_line('"GET"|GET /one-bucket/k'))
     answer = run_zs3("--help", ZS3_PORT="many")
     assert answer.returncode in (0, 2) and "Traceback" not in answer.stderr
+
+
+def test_what_kubernetes_says_of_a_service_called_zs3_is_no_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ZS3_PORT", "tcp://10.96.0.12:9000")
+    assert zs3.parse_arguments([]).port == 9000
+    monkeypatch.setenv("ZS3_PORT", "9001")
+    assert zs3.parse_arguments([]).port == 9001
 
 
 def test_minios_variables_are_honoured(folder: Path) -> None:
@@ -6279,6 +6361,35 @@ def test_a_chosen_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
     assert [get(node) for node in nodes] == ["", ""]
 
 
+@pytest.mark.parametrize("answered", range(3))
+def test_a_change_whose_proviso_ceased_to_hold_is_not_made(answered: int) -> None:
+    """After so many answers the upload of a part ends, and the key is put and deleted."""
+    _, nodes = owners(3)
+    first, second, _ = nodes
+    first.run(first.rounds.change("bucket", "part", lambda current: value_of(OLD)))
+
+    def proviso() -> zs3_dist.Steps[S3Error | None]:
+        value, _ = yield from first.rounds.read("bucket", "part")
+        return None if value else S3Error("InvalidPart")
+
+    def interrupted() -> Any:
+        change = first.rounds.change("bucket", "k", lambda current: value_of(OLD), proviso=proviso)
+        step = next(change)
+        for count in itertools.count():
+            if count == answered:
+                end_part = second.rounds.change(
+                    "bucket", "part", lambda current: zs3_dist.tombstone()
+                )
+                second.run(end_part)
+                put(second, NEW)
+                erase(second)
+            step = change.send((yield step))
+
+    with raises("InvalidPart"):
+        first.run(interrupted())
+    assert get(first) == ""
+
+
 def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> None:
     """The accept carries the bucket's record along, as chosen; its tombstone was dropped."""
     net, nodes = owners(3)
@@ -6732,6 +6843,31 @@ GOOD: dict[str, Message] = {
     "used": {"hashes": ["0" * 64]},
     "have": {"hashes": ["0" * 64], "touch": True},
 }
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("step", ["_append", "_join"])
+def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(
+    step: str, deleted: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request may have completed or aborted the upload, and been answered."""
+    store: Any = lonely.store if step == "_join" else zs3.FileStore(str(tmp_path / "data"))
+    part, info = part_of_an_upload(store)
+    begin = getattr(store, step)
+
+    def late(*given: Any) -> Any:
+        done = begin(*given)
+        zs3.discard_upload(store, "bucket", info.upload_id)
+        store.put_object("bucket", "k", zs3.Body(io.BytesIO(b"new!"), 4), {}, zs3.NO_CONDITION)
+        if deleted:
+            store.delete_object("bucket", "k", zs3.NO_CONDITION)
+        return done
+
+    monkeypatch.setattr(store, step, late)
+    with raises("InvalidPart"):
+        store.concatenate("bucket", "k", [part], info, zs3.NO_CONDITION)
+    found = [each.size for each in store.scan("bucket", "", "", "")]
+    assert found == ([] if deleted else [4])
 
 
 def test_every_message_has_a_good_example_and_a_handler(lonely: Lonely) -> None:

@@ -197,6 +197,7 @@ OS_ERRORS = {
     errno.ENOSPC: "InsufficientStorage",
     errno.EDQUOT: "InsufficientStorage",
     errno.EFBIG: "InsufficientStorage",
+    errno.EXDEV: "InternalError",  # a bucket on another file system than the data folder
     errno.EACCES: "AccessDenied",
     errno.EROFS: "AccessDenied",
     errno.EMFILE: "SlowDown",
@@ -713,6 +714,25 @@ def check_signed_headers(request: Request, auth: Authorization) -> None:
     if "host" not in signed or unsigned:
         message = "There were headers present in the request which were not signed"
         raise S3Error("AccessDenied", message, HeadersNotSigned=", ".join(unsigned or ["host"]))
+
+
+# What is only the signature of a presigned URL, or speaks of a body that was not known yet.
+NOT_A_HEADER = re.compile(
+    "x-amz-(algorithm|credential|date|expires|signedheaders|signature|content-sha256"
+    "|security-token|user-agent|sdk-.*|checksum-(crc|sha).*)"
+)
+
+
+def headers_in_query(query: Mapping[str, str]) -> dict[str, str]:
+    """The x-amz-* headers that SDKs move into the query of a presigned URL; InvalidArgument."""
+    found = {}
+    for parameter, value in query.items():
+        name, text = parameter.lower(), value.encode().decode("latin-1").strip(" \t")
+        if name.startswith("x-amz-") and not NOT_A_HEADER.fullmatch(name):
+            if not TOKEN.fullmatch(name) or not HEADER_VALUE.fullmatch(text):
+                raise S3Error("InvalidArgument", f"{name} cannot be a header.")
+            found[name] = text
+    return found
 
 
 def payload_hash(request: Request, auth: Authorization) -> str:
@@ -1873,8 +1893,9 @@ class FileStore:
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """The parts stay until the caller deletes them: a crash on the way loses nothing."""
-        with self._temporary(bucket, key, condition) as (file, temp):
+        """The parts stay until the caller deletes them: a crash on the way loses nothing. One at a
+        time: a client that was tired of waiting asks again, and shall not have it done twice."""
+        with self._held(parts[0]), self._temporary(bucket, key, condition) as (file, temp):
             for part in parts:
                 try:
                     current, content = self.open_object(UPLOADS, part.key)
@@ -1884,7 +1905,21 @@ class FileStore:
                     if current.etag != part.etag:
                         raise S3Error("InvalidPart")
                     self._append(file, content, part.size)
-            return self._publish(file, temp, bucket, replace(info, key=key), condition)
+            info = replace(info, key=key)
+            return self._publish(file, temp, bucket, info, condition, parts[0])
+
+    @contextlib.contextmanager
+    def _held(self, part: ObjectInfo) -> Iterator[None]:
+        """Hold a part of an upload against others that make an object of it. InvalidPart."""
+        try:
+            file = os.open(f"{self._bucket_path(UPLOADS)}/{part.key}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise S3Error("InvalidPart") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
@@ -1960,15 +1995,19 @@ class FileStore:
             raise S3Error("InternalError", "The source was cut short while it was copied.")
 
     def _publish(
-        self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
+        self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition,
+        part: ObjectInfo | None = None,
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: only here do objects appear."""
+        """Make a finished temporary file the object `info.key`: only here do objects appear. A
+        `part` that is gone by now tells that its upload was completed or aborted: InvalidPart."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
         os.close(os.dup(file))  # a network file system may say only now that its disk is full
         with self._lock(bucket, info.key):
             self._check(condition, bucket, info.key)
+            if part is not None and self._current(UPLOADS, part.key) is None:
+                raise S3Error("InvalidPart")
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
             if literal and self._rename(temp, literal, bucket, info.key):
@@ -2145,6 +2184,8 @@ def find_upload(store: Store, bucket: str, upload_id: str) -> Upload | None:
             raise
         return None
     headers = dict(info.headers)
+    if "zs3-key" not in headers:
+        return None  # its description was lost, as by a copy of the folder without attributes
     key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
     kind = headers.pop("zs3-checksum-type")
     return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
@@ -2782,7 +2823,7 @@ def object_parts(request: Request, info: ObjectInfo) -> Xml:
         if part.checksum and after < number <= after + limit
     ]
     return xml(
-        TotalPartsCount=len(info.parts), PartNumberMarker=after,
+        PartsCount=len(info.parts), PartNumberMarker=after,
         NextPartNumberMarker=min(after + limit, len(info.parts)), MaxParts=limit,
         IsTruncated=after + limit < len(info.parts), Part=shown,
     )
@@ -3188,6 +3229,8 @@ class Service:
             return self.store.internal(request)
         auth = authenticate(request, self._secrets, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
+        if auth is not None and auth.expires is not None:
+            request.headers = headers_in_query(request.query) | request.headers
         if request.credential is None:
             check_permission(request, READ if request.method in ("GET", "HEAD") else WRITE)
         route = find_route(request)
@@ -3728,6 +3771,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for option in OPTIONS:
         group, flag = groups[option.group], f"--{option.name}"
         given = os.environ.get("ZS3_" + option.name.upper().replace("-", "_"))
+        if option.name == "port" and given and given.startswith("tcp://"):
+            given = None  # Kubernetes says so, wherever a service is called zs3
         if option.kind is bool:
             if given not in (None, "", "0", "1"):
                 parser.error(f"the environment variable of {flag} must be 0 or 1")
@@ -3866,7 +3911,8 @@ def serve_workers(
         nonlocal stopping
         stopping = True
         for pid in workers:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGTERM)
 
     while workers or not stopping:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is lost on a worker yet to be

@@ -1830,6 +1830,7 @@ def told_of_bucket(answers: Answers) -> dict[int, Sequence[Any]]:
 # live value -> new value, None to leave it, or S3Error
 Decide = Callable[["Value | None"], "Value | None"]
 Voters = Callable[[View], Groups]
+Proviso = Callable[[], Steps[S3Error | None]]  # why not to change anything, if so
 
 
 class Rounds:
@@ -1892,12 +1893,13 @@ class Rounds:
         return Change(self, bucket, key, lambda value: None, rewrites=True).steps()
 
     def change(
-        self, bucket: str, key: str, decide: Decide, voters: Voters | None = None
+        self, bucket: str, key: str, decide: Decide, voters: Voters | None = None,
+        proviso: Proviso | None = None,
     ) -> Steps[Value | None]:
         """Put what `decide` makes of the register's live value in its place; returns what is there
         then. Raises what `decide` raises, NoSuchBucket, and SlowDown when it is not known what
-        happened."""
-        return Change(self, bucket, key, decide, voters).steps()
+        happened. `proviso` is asked about something else while the register cannot change."""
+        return Change(self, bucket, key, decide, voters, proviso=proviso).steps()
 
 
 class Change:
@@ -1905,11 +1907,12 @@ class Change:
 
     def __init__(
         self, rounds: Rounds, bucket: str, key: str, decide: Decide,
-        voters: Voters | None = None, rewrites: bool = False,
+        voters: Voters | None = None, rewrites: bool = False, proviso: Proviso | None = None,
     ) -> None:
         self.rounds, self.bucket, self.key, self.decide = rounds, bucket, key, decide
         self.voters = voters or (lambda view: view.groups(bucket))
         self.rewrites = rewrites  # accept once more even what is settled
+        self.proviso = proviso
         self.tried = ""  # the first ballot at which some owner may have accepted our value
         self.mine: Value | None = None  # that value
         self.missing: list[Contact] = []  # owners that did not answer the last question
@@ -1964,7 +1967,9 @@ class Change:
             return None
         top = weigh(groups, told)
         basis = yield from self._basis(groups, answers)
-        value, error = self._decided(top)
+        # Our accept fails if anything was chosen since the prepare: what holds now, holds then.
+        reason = (yield from self.proviso()) if self.proviso else None
+        value, error = self._decided(top, reason)
         if value is None:
             if top.settled and not self.tried and not self.rewrites:
                 return self._answer(top.value, error)
@@ -2002,7 +2007,9 @@ class Change:
             return None
         return (top.accepted, True, top.value) if top.value else None
 
-    def _decided(self, top: Top) -> tuple[Value | None, S3Error | None]:
+    def _decided(
+        self, top: Top, reason: S3Error | None
+    ) -> tuple[Value | None, S3Error | None]:
         """(value to write or None to leave it, error to raise once that is settled)."""
         if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
             return (None if top.settled else top.value), None
@@ -2015,6 +2022,8 @@ class Change:
         try:
             if self.bucket_value is None:
                 raise S3Error("NoSuchBucket", BucketName=self.bucket)
+            if reason is not None:
+                raise reason
             value = self.decide(live(top.value))
         except S3Error as error:
             return None, error
@@ -2867,7 +2876,8 @@ class DistributedStore:
         return {"blocks": [[size, "".join(hashes)]]}
 
     def _commit(
-        self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition
+        self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition,
+        proviso: Proviso | None = None,
     ) -> ObjectInfo:
         """Make the record of bytes that are stored the key's."""
         record = {**info.record(), "modified": time.time()}
@@ -2881,7 +2891,8 @@ class DistributedStore:
             return value
 
         def change() -> Value:
-            return cast(Value, self._run(self.rounds.change(bucket, key, decide)))
+            steps = self.rounds.change(bucket, key, decide, proviso=proviso)
+            return cast(Value, self._run(steps))
 
         try:
             written = change()
@@ -2965,9 +2976,15 @@ class DistributedStore:
     ) -> ObjectInfo:
         """Moves no bytes, but those of parts so small that they are inline."""
         self._check(bucket, key, condition)
+
+        def proviso() -> Steps[S3Error | None]:
+            # Without its first part the upload was completed or aborted meanwhile, and answered.
+            value, _ = yield from self.rounds.read(UPLOADS, parts[0].key)
+            return None if value else S3Error("InvalidPart")
+
         with self._pinned() as pin:
             stored = self._join(parts, pin)
-            return self._commit(bucket, key, info, stored, condition)
+            return self._commit(bucket, key, info, stored, condition, proviso)
 
     def _join(self, parts: Sequence[ObjectInfo], pin: Pin) -> Value:
         """The fields of a value that say where the parts' bytes are."""
