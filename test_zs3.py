@@ -5398,6 +5398,15 @@ def test_what_kubernetes_says_of_a_service_called_zs3_is_no_port(
     assert zs3.parse_arguments([]).port == 9001
 
 
+@pytest.mark.parametrize(
+    ("replicas", "taken"), [(1, True), (3, True), (19, True), (2, False), (21, False), (0, False)]
+)
+def test_replicas_are_an_odd_number(replicas: int, taken: bool) -> None:
+    """A majority of an even number bears no more losses, and half of it could read alone."""
+    with contextlib.nullcontext() if taken else pytest.raises(SystemExit):
+        assert zs3.parse_arguments([f"--replicas={replicas}"]).replicas == replicas
+
+
 def test_minios_variables_are_honoured(folder: Path) -> None:
     credential = ("admin", "minio-user", "minio-password")
     environment = {"MINIO_ROOT_USER": credential[1], "MINIO_ROOT_PASSWORD": credential[2]}
@@ -5746,6 +5755,9 @@ class StubBlocks:
 
 
 class StubPeers:
+    def __init__(self) -> None:
+        self.moved: dict[Contact, Contact] = {}
+
     def skipped(self, node: int) -> bool:
         return False
 
@@ -6153,6 +6165,14 @@ def background(clusters: list[SimCluster]) -> None:
 OLD, NEW = "aaaa", "bbbb"
 
 
+@pytest.fixture(autouse=True)
+def burial_at_once() -> Iterator[None]:
+    """No answer is under way in these tests, but where one says so, when a tombstone is dropped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zs3_dist, "BURIAL_SECONDS", -math.inf)
+        yield
+
+
 def owners(size: int) -> tuple[Net, list[SimCluster]]:
     """Nodes that all own "bucket", which is there; nothing gets lost but what a test loses."""
     run = Run(1, size, loss=0.0)
@@ -6361,6 +6381,160 @@ def test_a_chosen_value_pulled_before_a_tombstone_was_dropped_is_not_taken(
     assert [get(node) for node in nodes] == ["", ""]
 
 
+def test_a_read_that_began_before_a_tombstone_was_dropped_does_not_show_what_it_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One owner answers, misses nothing any more, all drop the tombstone, another owner answers."""
+    monkeypatch.setattr(zs3_dist, "BURIAL_SECONDS", 4.0)
+    net, nodes = owners(3)
+    first, second, third = nodes
+    put(first, OLD)
+    for node in nodes:
+        let_know(net, node)
+    without(net, third, lambda: erase(first))
+    steps = first.rounds.read("bucket", "k")
+    ask: Any = next(steps)
+    answers = reaching(net, first, ask, third)
+    housekeeping(third)[0].pull()
+    for node in nodes:
+        housekeeping(node, -1.0)[0].bury()
+    answers |= {second.own.node: reaching(net, first, ask, second)[second.own.node]}
+    assert not ask.enough(answers)
+    monkeypatch.setattr(time, "time", lambda clock=time.time: clock() + 5)
+    for node in nodes:
+        housekeeping(node, -1.0)[0].bury()
+    assert say(net, second, "read", key="k", brief=False)["accepted"] == ""
+
+
+def test_a_key_that_was_only_promised_keeps_the_floor_of_its_bucket() -> None:
+    """Its tombstone is dropped, since an owner that missed it says that its floor is above."""
+    net, nodes = owners(3)
+    first, second, third = nodes
+    low = f"{1:08x}{500:012x}{'0' * 16}"
+    value = {**value_of(NEW), "base": ""}
+    late = {"key": "k", "ballot": low, "value": value, "chosen": False, "basis": None}
+    for node in (first, third):
+        say(net, node, "prepare", key="k", ballot=low)
+    for node in (first, second):
+        assert say(net, node, "accept", **late)["done"]
+    without(net, third, lambda: erase(first))
+    for value in (value_of(OLD), zs3_dist.tombstone()):
+        first.run(first.rounds.change("bucket", "z", lambda current, new=value: new))
+    for node in (third, first, second):
+        housekeeping(node, -1.0)[0].bury()
+    assert "refused" in say(net, third, "accept", **late)
+    assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_an_object_can_be_read_after_a_deletion_of_its_bucket_died() -> None:
+    net, nodes = owners(3)
+    first, second, third = nodes
+    without(net, third, lambda: put(first, OLD))
+    mark = {"id": "9" * 16}
+
+    def close(bucket: Any) -> Any:
+        return {**mark, "bucket": {**bucket["bucket"], "state": "deleting"}}
+
+    first.run(first.rounds.change("bucket", "", close))
+    net.down = {first.own.node}
+    assert get(second) == get(third) == OLD
+
+
+def test_what_a_new_owner_pulled_is_no_vote() -> None:
+    """Two changes failed half-way, each with one owner: which of them was, all readers agree on,
+    also after two of three owners changed while the one with the later change was away."""
+    net = Net(5, 3)
+    target = zs3_dist.target_of(b"bucket")
+    away, one, two = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
+    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+    one.run(one.rounds.change("bucket", "", lambda current: record))
+    put(one, OLD)
+    base = one.node.registers.slot("bucket", "k").accepted
+    low, high = (f"{1:08x}{counter:012x}{'0' * 16}" for counter in (600, 601))
+    for ballot, owner, asked, text in (
+        (low, one, (one, two), "1111"),
+        (high, away, (two, away), "2222"),
+    ):
+        for node in asked:
+            assert say(net, node, "prepare", key="k", ballot=ballot)["accepted"] == base
+        value = {**value_of(text), "base": base}
+        rest = {"value": value, "chosen": False, "basis": None}
+        assert say(net, owner, "accept", key="k", ballot=ballot, **rest)["done"]
+    net.down = {away.own.node}
+    new = []
+    for distance in (1, 2):
+        address = net.add().own.address
+        own = Contact(target ^ distance, address)
+        node = Node(own, Registers(own.node, ":memory:"), StubBlocks(), net.clock)
+        net.nodes[own.node], net.clusters[own.node] = node, SimCluster(node, net)
+        node.registers.install(list(map(View.from_json, one.node.registers.views_after(0))))
+        new.append(net.clusters[own.node])
+        housekeeping(new[-1])[1]._enter()
+    for _ in range(4):
+        background([*new, one, two])
+    view = one.known_view()
+    assert not view.previous and {each.own for each in (*new, away)} == set(
+        view.groups("bucket")[0]
+    )
+    seen = get(new[0])
+    net.down = set()
+    background([away])
+    net.down = {new[1].own.node}
+    assert get(new[0]) == seen
+
+
+def test_a_view_of_two_ends_only_when_both_are_reached_or_one_is_ordered_to_be_forgotten() -> None:
+    """Either of two may answer reads alone, so it must know when the view is over."""
+    net, (one, other) = owners(2)
+    put(one, OLD)
+    new = net.clusters[net.add().own.node]
+    views = map(View.from_json, one.node.registers.views_after(0))
+    new.node.registers.install(list(views))
+    housekeeping(new)[1]._enter()
+    net.down = {other.own.node}
+    for _ in range(3):
+        background([one, new])
+    assert one.known_view().previous
+    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    zs3_dist.Membership(store, [], 3, ordered=other.own.node).forget(other.own.node)
+    for _ in range(3):
+        background([one, new])
+    assert not one.known_view().previous and len(one.known_view().members) == 2
+    put(new, NEW)
+    assert get(one) == get(new) == NEW
+
+
+def test_a_long_history_of_views_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (one, other) = owners(2)
+    for number in range(5):
+        view = one.known_view()
+        members = [Contact(each.node, f"sim:{number + 10}") for each in view.members]
+        one.node.registers.adopt([view.with_members(members)])
+    monkeypatch.setattr(zs3_dist, "PAGE_BYTES", 1)
+    assert len(one.node.registers.views_after(0)) == 1
+    sender = Contact(9, "sim:9")
+    monkeypatch.setattr(
+        other, "call", lambda name, message, to: one.node.answer(name, message, sender)
+    )
+    answer = housekeeping(other)[1]._ask("sim:1")
+    assert answer is not None
+    assert [view["epoch"] for view in answer["views"]] == list(range(1, view.epoch + 2))
+
+
+def test_changes_are_told_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (one, _) = owners(2)
+    for key in "abc":
+        one.run(one.rounds.change("bucket", key, lambda current: value_of(OLD)))
+    monkeypatch.setattr(zs3_dist, "BATCH", 2)
+    seen, more, keys = 0, True, []
+    while more:
+        answer = one.node.registers.changes(seen, lambda bucket: bucket == "bucket")
+        assert len(answer["entries"]) <= 2
+        keys += [key for _, key, *_ in answer["entries"]]
+        seen, more = answer["upto"], answer["more"]
+    assert keys == ["", "a", "b", "c"]
+
+
 @pytest.mark.parametrize("answered", range(3))
 def test_a_change_whose_proviso_ceased_to_hold_is_not_made(answered: int) -> None:
     """After so many answers the upload of a part ends, and the key is put and deleted."""
@@ -6400,7 +6574,7 @@ def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> 
     for registers in (node.node.registers for node in nodes):
         assert all(registers.bury(*grave) for grave in registers.graves(math.inf, ("", "")))
     answers = reaching(net, nodes[0], accept, nodes[2])
-    assert answers[nodes[2].own.node] == {"closed": True}
+    assert "refused" in answers[nodes[2].own.node]
     assert store.list_buckets() == []
 
 
@@ -6840,9 +7014,82 @@ GOOD: dict[str, Message] = {
     "changes": {"epoch": 1, "since": 0},
     "values": {"epoch": 1, "places": [["bucket", "k"]]},
     "buried": {"epoch": 1, "graves": [["bucket", "k", BALLOT]]},
-    "used": {"hashes": ["0" * 64]},
+    "used": {"epoch": 1, "hashes": ["0" * 64]},
     "have": {"hashes": ["0" * 64], "touch": True},
 }
+
+
+def test_a_block_that_cannot_be_read_is_set_aside_and_can_be_stored_again(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, data = lonely.node.blocks, b"x" * 5000
+    name = zs3_dist.block_hash(data)
+    blocks.put(name, data)
+    rotten, read = blocks.path(name).stat().st_ino, Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.stat().st_ino == rotten:
+            raise OSError(errno.EIO, "a sector cannot be read")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert blocks.get(name) is None and not blocks.has(name) and blocks.count == 0
+    blocks.put(name, data)
+    assert blocks.get(name) == data and blocks.total_bytes == 5000
+
+
+def test_a_small_object_that_rots_in_its_record_is_an_error_not_other_bytes(
+    lonely: Lonely,
+) -> None:
+    part, _ = part_of_an_upload(lonely.store)
+    rot = "UPDATE registers SET tail = replace(tail, 'b2xk', 'b2xr')"  # "old" in base64
+    lonely.node.registers._db.execute(rot)
+    with raises("InternalError"):
+        lonely.store.open_object(zs3.UPLOADS, part.key)
+
+
+def test_damaged_registers_are_an_error_of_the_disk(tmp_path: Path) -> None:
+    """Then the other owners answer."""
+    path = tmp_path / "registers.db"
+    registers = Registers(1, str(path))
+    registers.install([View("0" * 16, 1, 3, (Contact(1, "sim:1"),))])
+    for number in range(300):
+        ballot = f"{1:08x}{number + 1:012x}{'0' * 16}"
+        value = {**value_of(OLD), "base": "", "inline": "QUJD" * 100}
+        registers.accept(zs3.UPLOADS, f"k{number}", ballot, value, False, None)
+    registers._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    data = bytearray(path.read_bytes())
+    for page in range(1, len(data) // 4096):
+        data[page * 4096 : page * 4096 + 4096] = b"\xff" * 4096
+    with open(path, "r+b") as file:
+        file.write(data)
+    registers._db.execute("PRAGMA shrink_memory")
+    with pytest.raises(OSError, match="registers"):
+        registers.slot(zs3.UPLOADS, "k7")
+    with pytest.raises(OSError, match="registers"):
+        registers.page(zs3.UPLOADS, "", "", "", True)
+    registers.close()
+
+
+def test_a_node_whose_registers_are_damaged_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / ".index").mkdir()
+    (tmp_path / ".index" / "registers.db").write_bytes(b"rot" * 5000)
+    (tmp_path / ".node_id").write_text("1" * 40)
+    answer = run_zs3("--distributed", "--port=0", f"--data-dir={tmp_path}")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "registers.db" in answer.stderr and "joins anew" in answer.stderr
+
+
+def test_a_write_of_unknown_outcome_keeps_its_blocks_for_a_while_without_a_thread(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, pins = threading.active_count(), lonely.node.pins
+    with raises("SlowDown"), lonely.store._pinned() as pin:
+        pin(["0" * 64])
+        raise S3Error("SlowDown")
+    assert pins.list() == ["0" * 64] and threading.active_count() == threads
+    monkeypatch.setattr(time, "monotonic", lambda clock=time.monotonic: clock() + 31)
+    assert pins.list() == []
 
 
 @pytest.mark.parametrize("deleted", [False, True])
@@ -7336,6 +7583,27 @@ def no_process_stays() -> Iterator[None]:
         node = NODES.pop()
         node.process.send_signal(signal.SIGCONT)
         node.kill()
+
+
+def test_a_cluster_all_of_whose_nodes_have_new_addresses_finds_together_again(
+    tmp_path: Path,
+) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    assert nodes[0].ask("PUT", "/bucket")[0] == 200
+    assert nodes[0].ask("PUT", "/bucket/k", b"there")[0] == 200
+    for node in nodes:
+        node.kill()
+    for node in nodes:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            node.port = probe.getsockname()[1]
+    addresses = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    for node in nodes:
+        node.join = [f"--bootstrap={addresses}"]
+        node.start()
+    for node in nodes:
+        node.members(3)
+        assert node.ask("GET", "/bucket/k") == (200, b"there")
 
 
 BIG = random.Random(1).randbytes(2_500_000)  # three blocks

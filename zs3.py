@@ -3706,6 +3706,13 @@ def bounded(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def odd(text: str) -> int:
+    """An argparse type: an odd number up to 19. A majority of an even one bears no more losses."""
+    if text.isdigit() and int(text) % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not an odd number")
+    return bounded(1, 19)(text)
+
+
 class Option(NamedTuple):
     """A row of the command line. A `kind` of bool is a switch; any other parses the text."""
 
@@ -3749,7 +3756,8 @@ OPTIONS = (
     Option(CLUSTER, "advertise", "", "HOST:PORT", str, "where other nodes reach this one"),
     Option(CLUSTER, "cluster-secret", "", "SECRET", str,
            "proves that a node belongs to the cluster (made from the admin's secret)"),
-    Option(CLUSTER, "replicas", "3", "N", bounded(1, 20), "nodes that hold each record and block"),
+    Option(CLUSTER, "replicas", "3", "N", odd,
+           "nodes that hold each record and block, an odd number"),
     Option(CLUSTER, "gossip-interval-ms", "30000", "N", bounded(50, 10**9),
            "milliseconds between two rounds of background work"),
     Option(CLUSTER, "gc-grace", "10m", "DURATION", parse_duration,

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import errno
@@ -111,6 +112,7 @@ JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to joi
 SILENCE_SECONDS = 1.5  # a change that lacks owners is tried for so long, and three times
 OPERATION_SECONDS = 12.0  # a change or read that is not settled by then is 503
 LATE_SECONDS = 30.0  # no message arrives later than this after its sender gave up
+BURIAL_SECONDS = 2 * CONNECT_SECONDS  # longer than one owner's answer waits for the others'
 BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
 LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
@@ -408,7 +410,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
     "changes": {**EPOCH, "since": number_field},
     "values": {**EPOCH, "places": list_field(tuple_field(bucket_field, key_field))},
     "buried": {**EPOCH, "graves": list_field(tuple_field(bucket_field, key_field, ballot_field))},
-    "used": {"hashes": hashes_field},
+    "used": {**EPOCH, "hashes": hashes_field},
     "have": {"hashes": hashes_field, "touch": flag_field},
 }
 
@@ -623,6 +625,7 @@ class Peers:
         self.seal = seal
         self._lock = threading.Lock()  # guards _idle, _skipped, _slow, _late
         self._idle: dict[str, list[Link]] = {}
+        self.moved: dict[Contact, Contact] = {}  # as the view has it -> where it last spoke from
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
         self._slow: dict[int, float] = {}  # the same
         self._late: set[Call] = set()
@@ -649,6 +652,8 @@ class Peers:
         `first` questions are asked at once; once they are on their way, `meanwhile` is called. One
         more is asked for each that fails or takes HEDGE_SECONDS. It ends when `enough` says so (and
         up to `linger` seconds later, until `first` are good), or all answered or timed out."""
+        if self.moved:
+            questions = [each._replace(to=self.moved.get(each.to, each.to)) for each in questions]
         return Exchange(self, questions, seconds).run(enough, first, linger, meanwhile)
 
     def take(self, address: str) -> Link:
@@ -1016,19 +1021,23 @@ class Blocks:
             return None
         except OSError as problem:  # a sector that cannot be read is as good as absent
             LOG.warning("block %s cannot be read: %s", block, problem)
+            if problem.errno == errno.EIO:
+                self._set_aside(block)
             return None
         if block_hash(data) == block:
             return data
         self._set_aside(block, data)
         return None
 
-    def _set_aside(self, block: str, bad: bytes) -> None:
+    def _set_aside(self, block: str, bad: bytes | None = None) -> None:
+        """Out of the way, unless it is not `bad` any more; None: it cannot be read."""
         path = self.path(block)
         with self._lock(block), contextlib.suppress(OSError):  # another reader did, or nobody can
-            if path.read_bytes() == bad:  # else it was healed meanwhile
+            if bad is None or path.read_bytes() == bad:  # else it was healed meanwhile
                 LOG.warning("block %s does not match its name: set aside", block)
+                size = path.stat().st_size
                 path.replace(self.bad / block)
-                self._counted(-1, -len(bad))
+                self._counted(-1, -size)
 
     def touch(self, block: str) -> bool:
         """Mark the block as wanted now. False when it is not here."""
@@ -1098,6 +1107,7 @@ class Pins:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _counts
         self._counts: collections.Counter[str] = collections.Counter()
+        self._late: collections.deque[tuple[float, Collection[str]]] = collections.deque()
 
     def __contains__(self, block: str) -> bool:
         return block in self._counts
@@ -1108,9 +1118,15 @@ class Pins:
             self._counts.update(blocks)
 
     def list(self) -> list[str]:
-        """All that are in use."""
+        """All that are in use. Asked now and then, which is when `drop_later` ends."""
+        while self._late and self._late[0][0] < time.monotonic():
+            self.drop(self._late.popleft()[1])
         with self._lock:
             return [*self._counts]
+
+    def drop_later(self, blocks: Collection[str]) -> None:
+        """Drop them when no message that was sent by now can arrive any more."""
+        self._late.append((time.monotonic() + LATE_SECONDS, blocks))
 
     def drop(self, blocks: Iterable[str]) -> None:
         """They are not used any more by one that added them."""
@@ -1138,19 +1154,22 @@ class Pins:
 #   f is joint and e is its last stable view or a joint view after it: the quorum among the previous
 #       owners meets the one that chose the value.
 #   f is stable, the end of a joint view: it was proposed only when, but for fewer than a read
-# quorum, all members had pulled every register from all, but for fewer than a change quorum, of the
+# quorum, all members had pulled every register from all, but for fewer than a read quorum, of the
 # previous owners, each of which had entered the joint view before it answered (section 9). So for
 # any bucket each read quorum of f has a member that pulled from somebody who had the value; or who
 #       had not, and was fenced, so that the value can never have been chosen.
 # A straggler of view e that still gets something accepted somewhere does so with a ballot of epoch
 # e, which every ballot of a later view outranks. What is pulled is accepted under the same rule as
 # an accept message (not below the promise), of which it is a duplicate; or it is known to be
-# chosen.
+# chosen. A new owner never made the promises that the previous owners did, so what it pulled is no
+# vote: until it has seen it at a change quorum of them, or a round of the joint view has decided
+# (`doubts`), it does not say that it has all.
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
 # anew.
 
+T = TypeVar("T")
 VIEWS = ".views"  # the bucket of the registers that decide views; its key is the epoch
 
 Group = tuple[Contact, ...]
@@ -1319,6 +1338,9 @@ CREATE INDEX IF NOT EXISTS promises ON registers (since) WHERE accepted = '';
 CREATE TABLE IF NOT EXISTS floors (            -- a key without a row promised this
     bucket TEXT PRIMARY KEY, ballot TEXT NOT NULL, seq INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS raised ON floors (seq);
+CREATE TABLE IF NOT EXISTS doubts (            -- pulled, and which nodes are known to have it
+    bucket TEXT NOT NULL, key BLOB NOT NULL, accepted TEXT NOT NULL, node TEXT NOT NULL,
+    PRIMARY KEY (bucket, key, accepted, node)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS views (             -- every view of the cluster, up to the one we are in
     epoch INTEGER PRIMARY KEY, view TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -1352,20 +1374,23 @@ class StaleView(Exception):
     """The view changed under something that was only meant for the old one."""
 
 
-def of_disk(method: Callable[..., sqlite3.Cursor]) -> Callable[..., sqlite3.Cursor]:
-    """`method`, whose disk errors are OSError, as for any other file."""
+def of_disk(method: Callable[..., T]) -> Callable[..., T]:
+    """`method`, whose errors of the disk, full or rotten, are OSError, as for any other file."""
 
-    def run(*query: Any) -> sqlite3.Cursor:
+    @functools.wraps(method)
+    def run(*given: Any, **named: Any) -> T:
         try:
-            return method(*query)
-        except sqlite3.OperationalError as error:
+            return method(*given, **named)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.ProgrammingError):
+                raise  # the file was closed
             raise OSError(errno.ENOSPC, f"registers: {error}") from error
 
     return run
 
 
 class Database(sqlite3.Connection):
-    """SQLite whose disk errors are those of the disk."""
+    """SQLite whose errors of the disk are OSError."""
 
     execute = of_disk(sqlite3.Connection.execute)
     executemany = of_disk(sqlite3.Connection.executemany)
@@ -1398,6 +1423,7 @@ class Registers:
             "SELECT COUNT(*) FROM registers WHERE live = 1 AND key != x'' AND bucket NOT LIKE '.%'"
         )
 
+    @of_disk
     def _all(self, query: str, *values: object) -> list[Any]:
         with self.lock:
             return self._db.execute(query, values).fetchall()
@@ -1435,24 +1461,26 @@ class Registers:
             row = (view.epoch, json.dumps(view.as_json()))
             self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
             if not view.previous:
-                for (bucket,) in self._all("SELECT DISTINCT bucket FROM registers"):
-                    if not view.owns(self.own, bucket):
-                        self._drop_bucket(bucket)
+                known = self._all("SELECT DISTINCT bucket FROM registers")
+                self._drop_buckets([name for (name,) in known if not view.owns(self.own, name)])
         self.view = view
         if not view.previous:
             self._count()
 
-    def _drop_bucket(self, bucket: str) -> None:
-        for table in ("registers", "refs", "floors"):
-            self._db.execute(f"DELETE FROM {table} WHERE bucket = ?", (bucket,))
-        self._bases.pop(bucket, None)
+    def _drop_buckets(self, buckets: Sequence[str]) -> None:
+        for start in range(0, len(buckets), BATCH // 2):  # SQLite may take no more than 999 values
+            some = buckets[start : start + BATCH // 2]
+            marks = ",".join("?" * len(some))
+            for table in ("registers", "refs", "floors", "doubts"):
+                self._db.execute(f"DELETE FROM {table} WHERE bucket IN ({marks})", some)
+        self._bases.clear()
 
     def install(self, views: Sequence[View]) -> None:
         """Begin anew with the history of a cluster that this node is not a member of: it takes the
         others' word, and keeps no register."""
         with self.lock:
             with self._transaction():
-                for table in ("registers", "refs", "floors", "meta", "views"):
+                for table in ("registers", "refs", "floors", "doubts", "meta", "views"):
                     self._db.execute(f"DELETE FROM {table}")
                 rows = ((view.epoch, json.dumps(view.as_json())) for view in views)
                 self._db.executemany("INSERT INTO views VALUES (?, ?)", rows)
@@ -1460,15 +1488,19 @@ class Registers:
             self.view, self.objects, self.synced = views[-1], 0, 0
 
     def views_after(self, epoch: int) -> list[Value]:
-        """The views after `epoch`, oldest first."""
+        """The first of the views after `epoch`, oldest first: no more than a message holds."""
         query = "SELECT view FROM views WHERE epoch > ? ORDER BY epoch LIMIT ?"
-        return [json.loads(view) for (view,) in self._all(query, epoch, BATCH)]
+        rows = [view for (view,) in self._all(query, epoch, BATCH)]
+        sizes = list(itertools.accumulate(map(len, rows)))
+        count = max(1, bisect.bisect(sizes, PAGE_BYTES))
+        return list(map(json.loads, rows[:count]))
 
     def set_synced(self, epoch: int) -> None:
-        """All that previous owners knew before `epoch` has been pulled."""
-        with self.lock:
+        """All that previous owners knew before `epoch` has been pulled, and nothing is in doubt."""
+        with self.lock, self._transaction():
             self.set_meta("synced", str(epoch))
-            self.synced = epoch
+            self._db.execute("DELETE FROM doubts")
+        self.synced = epoch
 
     def fence(self, epoch: int) -> Message | None:
         """The refusal of a message of another epoch than ours; None when it is the same."""
@@ -1483,6 +1515,8 @@ class Registers:
             if not rows:
                 return Slot(promised=self.floor(bucket))
         promised, accepted, chosen, head, tail = rows[0]
+        if not accepted:  # as `buried` counts on: for such a key the floor is what is known
+            promised = max(promised, self.floor(bucket))
         value = None
         if head and not (brief and tail):
             value = json.loads(head)
@@ -1643,6 +1677,7 @@ class Registers:
                 self._db.execute("ROLLBACK")
             raise
 
+    @of_disk
     def page(self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool) -> Message:
         """Entries [key, accepted, head, tail, chosen] in key order, head "" for a tombstone; tail
         if `whole`. With a delimiter, what shares the part up to it with a live key listed is
@@ -1681,14 +1716,14 @@ class Registers:
     def changes(self, since: int, wanted: Callable[[str], bool]) -> Message:
         """Of the buckets `wanted`, "entries" [bucket, key, accepted, chosen] of what was accepted
         after `since`, and "floors" that were raised, {bucket: ballot}."""
-        rows = self._all(CHANGES, since, since, 5 * BATCH)
+        rows = self._all(CHANGES, since, since, BATCH)
         entries = [
             [bucket, key.decode(), accepted, bool(chosen)]
             for _, bucket, key, accepted, chosen in rows if key is not None and wanted(bucket)
         ]
         floors = {row[1]: row[3] for row in rows if row[2] is None and wanted(row[1])}
         upto = rows[-1][0] if rows else since
-        return {"entries": entries, "floors": floors, "upto": upto, "more": len(rows) == 5 * BATCH}
+        return {"entries": entries, "floors": floors, "upto": upto, "more": len(rows) == BATCH}
 
     def live_keys(self, bucket: str) -> list[str]:
         """Some keys of live objects in `bucket`, at most BATCH."""
@@ -1699,12 +1734,35 @@ class Registers:
         """(bucket, key, accepted) which others have accepted too, enough of them."""
         if not places:
             return
+        rows = [(bucket, key.encode(), accepted) for bucket, key, accepted in places]
+        this_one = "bucket = ? AND key = ? AND accepted = ?"
         with self.lock, self._transaction():
             self._bases.clear()
-            self._db.executemany(
-                "UPDATE registers SET chosen = 1 WHERE bucket = ? AND key = ? AND accepted = ?",
-                ((bucket, key.encode(), accepted) for bucket, key, accepted in places),
-            )
+            self._db.executemany(f"UPDATE registers SET chosen = 1 WHERE {this_one}", rows)
+            self._db.executemany(f"DELETE FROM doubts WHERE {this_one}", rows)
+
+    def doubt(self, bucket: str, key: str, accepted: str, node: int) -> set[int]:
+        """`node` has what was pulled here. Returns all that are known to have it."""
+        place = (bucket, key.encode(), accepted)
+        with self.lock:
+            row = (*place, node_hex(node))
+            self._db.execute("INSERT OR IGNORE INTO doubts VALUES (?, ?, ?, ?)", row)
+            query = "SELECT node FROM doubts WHERE bucket = ? AND key = ? AND accepted = ?"
+            return {int(known, 16) for (known,) in self._all(query, *place)}
+
+    def doubts(self) -> list[tuple[str, str]]:
+        """Registers, at most BATCH, of which what is accepted here was pulled and is in doubt."""
+        query = (
+            "SELECT DISTINCT bucket, key FROM doubts JOIN registers USING (bucket, key, accepted)"
+            " WHERE chosen = 0 LIMIT ?"
+        )
+        return [(bucket, key.decode()) for bucket, key in self._all(query, BATCH)]
+
+    def trust(self, bucket: str, key: str) -> None:
+        """End the doubt about a register."""
+        with self.lock:
+            row = (bucket, key.encode())
+            self._db.execute("DELETE FROM doubts WHERE bucket = ? AND key = ?", row)
 
     def graves(self, before: float, after: tuple[str, str]) -> list[Grave]:
         """Tombstones older than `before` (wall clock), in order, beyond (bucket, key) `after`."""
@@ -1719,7 +1777,12 @@ class Registers:
         """Is the tombstone of that ballot here, or something later, or nothing any more?"""
         with self.lock:
             slot = self.slot(bucket, key)
-            return slot.accepted >= ballot or (not slot.accepted and self.floor(bucket) >= ballot)
+            if not slot.accepted:
+                return self.floor(bucket) >= ballot
+            # Somebody may hold an answer that was given here before this came, and wait for others.
+            query = "SELECT since FROM registers WHERE bucket = ? AND key = ?"
+            since = self._one(query, bucket, key.encode())
+            return slot.accepted >= ballot and since < time.time() - BURIAL_SECONDS
 
     def bury(self, bucket: str, key: str, ballot: str) -> bool:
         """Drop the tombstone, if it is still that one."""
@@ -1776,7 +1839,6 @@ class Pause(NamedTuple):
 
 
 Answers = Mapping[int, Message]  # {"failed": true} from a node that gave none
-T = TypeVar("T")
 Steps = Generator["Ask | Pause", Answers, T]
 
 
@@ -1892,6 +1954,17 @@ class Rounds:
         """Have all owners that answer accept what a majority has; nothing if the bucket is gone."""
         return Change(self, bucket, key, lambda value: None, rewrites=True).steps()
 
+    def reopen(self, bucket: str, mark: str) -> Steps[Value | None]:
+        """Take back the mark that a deletion left."""
+        again = secrets.token_hex(8)
+
+        def decide(current: Value | None) -> Value | None:
+            if current is None or current["id"] != mark:
+                return None
+            return {"id": again, "bucket": {**current["bucket"], "state": "open"}}
+
+        return self.change(bucket, "", decide)
+
     def change(
         self, bucket: str, key: str, decide: Decide, voters: Voters | None = None,
         proviso: Proviso | None = None,
@@ -1977,6 +2050,11 @@ class Change:
             value = top.value or tombstone()
             if self.rewrites and self.bucket_value is None:
                 value, error = tombstone(), None  # nothing can be in a bucket that is gone
+            if live(value) and bucket_state(("", True, self.bucket_value)) == "deleting":
+                # Its owners take no object. Whoever marked it may have died: take the mark back.
+                yield Pause(CLOSING_SECONDS)
+                yield from self.rounds.reopen(self.bucket, cast(Value, self.bucket_value)["id"])
+                return None
         message = {**place, "value": value, "chosen": False, "basis": basis}
         accepted = yield from self._accept(groups, message)
         return self._answer(value, error) if accepted else None
@@ -2266,6 +2344,17 @@ class Cluster:
         except OSError as error:  # a full disk: until it has room, the others refuse what we ask
             LOG.error("views: %s", error)
 
+    def spoke(self, contact: Contact) -> None:
+        """It sent something sealed, or answered: that is where it is, whatever the view says."""
+        self.node.saw(contact)
+        self.peers.heard(contact.node)
+        view = self.node.registers.view
+        member = view.member(contact.node) if view else None
+        if member == contact:
+            self.peers.moved.pop(contact, None)
+        elif member:
+            self.peers.moved[member] = contact
+
     def check_membership(self) -> None:
         """Note whether this node is a member."""
         view = self.node.registers.view
@@ -2314,7 +2403,7 @@ class Cluster:
     def _answer_here(self, name: str, message: Message) -> Message:
         try:
             return self.node.answer(name, message, self.own)
-        except OSError as error:  # a full disk here; others may do without us
+        except (OSError, ValueError) as error:  # a full or rotten disk; others may do without us
             LOG.error("%s: %s", name, error)
             return {"failed": True}
 
@@ -2546,6 +2635,14 @@ def info_of(key: str, value: Value) -> ObjectInfo:
     return ObjectInfo.from_record(key, {**value["info"], "parts": value.get("parts", ())})
 
 
+def inline_bytes(value: Value) -> bytes:
+    """The bytes that travel in an object's record. InternalError if they rotted there."""
+    data, etag = base64.b64decode(value["inline"]), value["info"]["etag"]
+    if "-" not in etag and hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
+        raise S3Error("InternalError", "What this node has of the object is damaged.")
+    return data
+
+
 def slices(
     segments: Iterable[Sequence[Any]], start: int, length: int
 ) -> list[tuple[str, int, int]]:
@@ -2567,13 +2664,14 @@ class StoredContent:
 
     def __init__(self, cluster: Cluster, value: Value) -> None:
         self.cluster, self.value = cluster, value
+        self._inline = inline_bytes(value) if "inline" in value else None
         self._blocks = blocks_of(value)
         cluster.node.pins.add(self._blocks)
 
     def chunks(self, start: int, length: int) -> Iterator[bytes | memoryview]:
         """The bytes [start, start + length), each block verified before any of it is given."""
-        if "inline" in self.value:
-            yield base64.b64decode(self.value["inline"])[start : start + length]
+        if self._inline is not None:
+            yield self._inline[start : start + length]
             return
         pieces = slices(self.value["blocks"], start, length)
         fetched = ahead(self.cluster.fetch, [block for block, _, _ in pieces])
@@ -2752,8 +2850,8 @@ class DistributedStore:
         """First the bucket is marked: its owners then refuse new objects. An object that was
         acknowledged before was accepted by a majority, none of which had the mark; so the owners
         that have it, also a majority, show at least one that holds it. The mark is removed if there
-        is one; and if this node dies on the way, by the next PUT (`_reopen`). Only while the mark
-        is ours does the tombstone replace it."""
+        is one; and if this node dies on the way, by who next wants to write an object there. Only
+        while the mark is ours does the tombstone replace it."""
         mark = {"id": secrets.token_hex(8)}
 
         def close(current: Value | None) -> Value | None:
@@ -2767,7 +2865,7 @@ class DistributedStore:
             empty = next(self._entries(bucket, "", "", "/", False, marked), None) is None
         finally:
             if not empty:
-                self._reopen(bucket, mark["id"])
+                self._run(self.rounds.reopen(bucket, mark["id"]))
         if not empty:
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         grave = tombstone()
@@ -2778,17 +2876,6 @@ class DistributedStore:
             return grave
 
         self._run(self.rounds.change(bucket, "", bury))
-
-    def _reopen(self, bucket: str, mark: str) -> None:
-        """Take back the mark that a deletion left."""
-        again = secrets.token_hex(8)
-
-        def decide(current: Value | None) -> Value | None:
-            if current is None or current["id"] != mark:
-                return None
-            return {"id": again, "bucket": {**current["bucket"], "state": "open"}}
-
-        self._run(self.rounds.change(bucket, "", decide))
 
     # --- Objects ---
 
@@ -2847,9 +2934,7 @@ class DistributedStore:
             if error.status == 503 and pinned:
                 # It may have happened all the same, by a message that is still on its way.
                 late, pinned = pinned, []
-                timer = threading.Timer(LATE_SECONDS, self.node.pins.drop, [late])
-                timer.daemon = True
-                timer.start()
+                self.node.pins.drop_later(late)
             raise
         finally:
             self.node.pins.drop(pinned)
@@ -2899,7 +2984,7 @@ class DistributedStore:
         except BucketClosing as closing:
             # Somebody is deleting the bucket, or died while doing so: after a while, unmark it.
             time.sleep(CLOSING_SECONDS)
-            self._reopen(bucket, closing.mark)
+            self._run(self.rounds.reopen(bucket, closing.mark))
             written = change()
         return info_of(key, written)
 
@@ -3001,7 +3086,7 @@ class DistributedStore:
         for part in parts:
             value = values[part.key]
             if value.get("inline"):
-                data = base64.b64decode(value["inline"])
+                data = inline_bytes(value)
                 block = block_hash(data)
                 pin([block])
                 self.cluster.store(block, data)
@@ -3027,8 +3112,7 @@ class DistributedStore:
             sealed = self.seal.check(request)
         except (S3Error, ValueError) as error:
             return json_response(403, {"error": str(error)})
-        self.node.saw(sealed.sender)
-        self.cluster.peers.heard(sealed.sender.node)
+        self.cluster.spoke(sealed.sender)
         status, body = self._answer(name, argument, request, sealed)
         proves_itself = name == "fetch" and status == 200
         proof = "" if proves_itself else self.seal.proof(sealed.mac, status, body)
@@ -3145,8 +3229,10 @@ class Housekeeping:
                 reached.add(contact.node)
         if view.previous and self.registers.synced < view.epoch:
             unreached = sum(contact.node not in reached for contact in view.previous)
-            # See "Between views" in section 7: who was not reached is fewer than any change quorum.
-            if unreached < change_quorum(min(view.replicas, len(view.previous))):
+            # See "Between views" in section 7. Who was not reached is fewer than any quorum, also
+            # than one to read by in the view before, of whose end they may not know.
+            if unreached < read_quorum(min(view.replicas, len(view.previous))):
+                self._end_doubts()
                 self.registers.set_synced(view.epoch)
 
     def _pull_from(self, view: View, contact: Contact) -> bool:
@@ -3181,10 +3267,15 @@ class Housekeeping:
             if accepted > slot.accepted:
                 lacking.append((bucket, key))
             elif accepted == slot.accepted and not slot.chosen:
+                groups = view.groups(bucket)
                 both = {contact.node, self.node.own.node}
-                small = min(map(len, view.groups(bucket))) <= 2  # where one may have to speak alone
-                if chosen or (small and covers(view.groups(bucket), both, change_quorum)):
+                small = min(map(len, groups)) <= 2  # where one may have to speak alone
+                if chosen or (small and covers(groups, both, change_quorum)):
                     agreed.append((bucket, key, accepted))
+                elif self._is_new_owner(view, bucket):
+                    known = self.registers.doubt(bucket, key, accepted, contact.node)
+                    if covers(groups[1:], known, change_quorum):
+                        agreed.append((bucket, key, accepted))
         self.registers.mark_chosen(agreed)
         while lacking:
             taken = self._take_values(view, contact, lacking[:BATCH])
@@ -3202,8 +3293,24 @@ class Housekeeping:
         for place, slot in zip(places, slots, strict=False):
             if not self.registers.offer(view.epoch, *place, *slot):
                 self.cluster.run(self.cluster.rounds.repair(*place))
+            elif self._is_new_owner(view, place[0]):
+                self.registers.doubt(*place, slot[0], contact.node)
             self.store.counts["pulled"] += 1
         return len(slots)
+
+    def _is_new_owner(self, view: View, bucket: str) -> bool:
+        """Was this node no owner of the bucket before? Then what it pulls is no vote: it made none
+        of the promises by which an owner may have refused the same."""
+        before = view.groups(bucket)[1:]
+        return bool(before) and not covers(before, {self.node.own.node}, lambda _: 1)
+
+    def _end_doubts(self) -> None:
+        """Have a round decide what was pulled and is not with a change quorum of its owners: it may
+        be a change that failed, and another, unreached one be above it."""
+        while places := self.registers.doubts():
+            for place in places:
+                self.cluster.run(self.cluster.rounds.repair(*place))
+                self.registers.trust(*place)
 
     # --- Tombstones ---
 
@@ -3223,7 +3330,8 @@ class Housekeeping:
             after = graves[-1][:2]
             for bucket, key, _ in graves:
                 if not key:
-                    self._clear_out(bucket)
+                    with contextlib.suppress(S3Error):  # no quorum: it is not buried this time
+                        self._clear_out(bucket)
             everywhere = self._everywhere(view, graves)
             done = sum(self.registers.bury(*grave) for grave in everywhere)
             self.store.counts["buried"] += done
@@ -3275,11 +3383,14 @@ class Housekeeping:
         """Which of the blocks any record or operation needs; None unless every node has answered. A
         quorum would do for what was acknowledged. But one silent owner may have accepted a change
         whose outcome nobody knows; the next reader that meets it there would finish it."""
-        everybody = self.cluster.view().everybody()
-        answers = self.cluster.call_all("used", {"hashes": blocks}, everybody)
-        if len(answers) < len(everybody):
+        view = self.cluster.view()
+        everybody = view.everybody()
+        message = {"epoch": view.epoch, "hashes": blocks}
+        answers = self.cluster.call_all("used", message, everybody)
+        said = [answer.get("used") for answer in answers.values()]
+        if len(said) < len(everybody) or None in said:
             return None
-        return [any(said) for said in zip(*(a["used"] for a in answers.values()), strict=True)]
+        return list(map(any, zip(*said, strict=True)))
 
     def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
         """Remove what was unused and untouched for the grace; the rest stay suspects. In bytes."""
@@ -3412,6 +3523,8 @@ class Membership:
         member = view.member(self.node.own.node) if view else None
         if member is None:
             self.cluster.joined.clear()  # a peer may have told it
+        if view is not None and not self.cluster.joined.is_set() and len(view.members) > 1:
+            self._look_around(view)
         if view is None:
             self._find_cluster()
         elif member == self.node.own:
@@ -3426,12 +3539,31 @@ class Membership:
                 self._hello_all(view)
             self._enter()
 
+    def _look_around(self, view: View) -> None:
+        """Ask at the addresses we were given, too: those in our view may be of long ago."""
+        for address in self._addresses():
+            answer = self._ask(address, view.epoch)
+            if answer and answer["views"] and answer["views"][0]["cluster"] == view.cluster:
+                self.cluster.adopt(answer["views"])
+
     def _addresses(self) -> list[str]:
         return sorted((self.bootstrap | self.discovered) - {self.node.own.address})
 
-    def _ask(self, address: str) -> Message | None:
-        """hello to an address whose node is not known; None when no peer of ours is there."""
-        return self.cluster.call("hello", {"epoch": 0}, Contact(0, address))
+    def _ask(self, address: str, epoch: int = 0) -> Message | None:
+        """hello to an address whose node is not known; the answer, with all views after `epoch`.
+        None when no peer of ours is there."""
+        answer = self.cluster.call("hello", {"epoch": epoch}, Contact(0, address))
+        if answer is None:
+            return None
+        self.cluster.spoke(contact_field(answer["contact"]))
+        views = answer["views"]
+        while views and views[-1]["epoch"] < answer["epoch"]:
+            after = {"epoch": views[-1]["epoch"]}
+            more = self.cluster.call("hello", after, Contact(0, address))
+            if not (more and more["views"]):
+                return None
+            views += more["views"]
+        return answer
 
     def _find_cluster(self) -> None:
         """A fresh node: enter the cluster that others are in; found one if there is none."""
@@ -3536,17 +3668,19 @@ class Membership:
         self.cluster.tell("views", {"views": views}, sorted(everybody))
 
     def _voters(self, now: View, after: View) -> Groups:
-        """All members; but the last of two may go on alone when its operator orders it to forget
-        the other (`--forget`): what was acknowledged, both had accepted."""
+        """All members; but the last of two may go on without the other when its operator orders it
+        to forget that one (`--forget`): what was acknowledged, both had accepted."""
         complete = not now.previous or self.registers.synced == now.epoch
-        if self._left_alone(now) and after.members == (self.node.own,) and complete:
+        if self._left_alone(now.members) and after.members == (self.node.own,) and complete:
             return ((self.node.own,),)
-        return now.groups(VIEWS)
+        groups = now.groups(VIEWS)
+        if self._left_alone(now.previous) and after.member(cast(int, self.ordered)) is None:
+            return tuple(tuple(c for c in group if c.node != self.ordered) for group in groups)
+        return groups
 
-    def _left_alone(self, view: View) -> bool:
-        """Is the other one of two whom the operator orders to forget?"""
-        others = [contact.node for contact in view.members if contact.node != self.node.own.node]
-        return len(view.members) == 2 and others == [self.ordered]
+    def _left_alone(self, pair: Group) -> bool:
+        """Are these two this node and the one that the operator orders to forget?"""
+        return len(pair) == 2 and {c.node for c in pair} == {self.node.own.node, self.ordered}
 
     def settle(self) -> None:
         """End a joint view when enough members have all that was known before it (section 7)."""
@@ -3562,14 +3696,17 @@ class Membership:
 
     def forget(self, node: int) -> None:
         """Have a view decided without `node`."""
+        own = self.node.own
 
         def make(view: View) -> View | None:
             if view.member(node) is None:
                 return None
             after = view.with_members(c for c in view.members if c.node != node)
-            if node == self.ordered and self._left_alone(view):
-                return replace(after, previous=())  # the operator says that it is gone for good
-            return after
+            if node != self.ordered:
+                return after
+            if self._left_alone(view.members):  # the operator says that it is gone for good
+                return replace(after, previous=())
+            return replace(after, previous=(own,)) if self._left_alone(view.previous) else after
 
         self.propose(make)
         LOG.warning("node %s was forgotten", node_hex(node))
@@ -3748,7 +3885,12 @@ def open_store(
     (data / ".index").mkdir(parents=True, exist_ok=True)
     lock = lock_folder(data)
     own = Contact(node_id(data), advertised(args))
-    registers = Registers(own.node, str(data / ".index" / "registers.db"), args.fsync)
+    path = data / ".index" / "registers.db"
+    try:
+        registers = Registers(own.node, str(path), args.fsync)
+    except OSError as error:
+        advice = f"if other nodes have what this one had, remove {path}*, and it joins anew"
+        raise SystemExit(f"zs3: {error.strerror}: {advice}") from None
     node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
     seal = Seal(own, cluster_secret(args, credentials))
     store = DistributedStore(Cluster(node, Peers(seal)), seal, lock)
