@@ -206,16 +206,14 @@ OS_ERRORS = {
 
 
 class S3Error(Exception):
-    """An answer other than success. `code` is a row of ERRORS; `headers`, a dict, are added to the
-    answer's; `details` become elements of its XML."""
+    """An answer other than success. `code` is a row of ERRORS; `details` become elements of the
+    answer's XML; what is put into `headers` is added to its headers."""
 
-    def __init__(
-        self, code: str, message: str = "", headers: Any = None, /, **details: object
-    ) -> None:
+    def __init__(self, code: str, message: str = "", /, **details: object) -> None:
         self.code = code
         self.status, default = ERRORS[code]
         self.message = message or default
-        self.headers: dict[str, str] = headers or {}
+        self.headers: dict[str, str] = {}
         self.details = details
         super().__init__(f"{code}: {self.message}")
 
@@ -371,8 +369,9 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(size - int(last), 0)
     end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
-        unsatisfied = {"Content-Range": f"bytes */{size}"}
-        raise S3Error("InvalidRange", "", unsatisfied, ActualObjectSize=size, RangeRequested=text)
+        error = S3Error("InvalidRange", ActualObjectSize=size, RangeRequested=text)
+        error.headers["Content-Range"] = f"bytes */{size}"
+        raise error
     return start, end - start + 1
 
 
