@@ -800,7 +800,7 @@ class WireBody(io.RawIOBase):
         self, wire: Wire | io.BytesIO, length: int | None, proceed: Callable[[], None] | None = None
     ) -> None:
         self._wire = wire
-        self._chunked = length is None
+        self.length = length
         self._left = length or 0  # of the body, or of the current chunk
         self.proceed = proceed  # sends the `100 Continue` that the client waits for, if it does
         self.ended = length == 0
@@ -813,7 +813,7 @@ class WireBody(io.RawIOBase):
     def is_here(self) -> bool:
         """Whether all of it has come already, so that reading it will not wait."""
         return self.ended or (
-            not self._chunked and isinstance(self._wire, Wire)
+            self.length is not None and isinstance(self._wire, Wire)
             and self._left <= self._wire.buffered()
         )
 
@@ -840,7 +840,7 @@ class WireBody(io.RawIOBase):
             raise S3Error("IncompleteBody")
         self._left -= got
         if self._left == 0:
-            if not self._chunked:
+            if self.length is not None:
                 self.ended = True
             elif self._wire.readline(3) != b"\r\n":
                 raise S3Error("InvalidChunkSizeError")
@@ -1232,8 +1232,7 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
     if payload in STREAMING_PAYLOADS:
         body = open_chunked_body(request, payload, auth)
     else:
-        length = body_length(request.headers, request.version)
-        body = Body(request.wire, length)
+        body = Body(request.wire, request.wire.length)
         if payload != UNSIGNED_PAYLOAD:
             if not re.fullmatch("[0-9a-f]{64}", payload):
                 known = f"a SHA-256 in hex, {UNSIGNED_PAYLOAD} or {', '.join(STREAMING_PAYLOADS)}"
