@@ -255,12 +255,8 @@ def uri_decode(text: str) -> str:
 
 def split_query(raw_query: str) -> list[tuple[str, str]]:
     """A query as decoded names and values, in the order sent; "+" is a space, `?x` is `?x=`."""
-    pairs = []
-    for piece in raw_query.split("&"):
-        if piece:
-            name, _, value = piece.replace("+", "%20").partition("=")
-            pairs.append((uri_decode(name), uri_decode(value)))
-    return pairs
+    pieces = [piece.partition("=") for piece in raw_query.replace("+", "%20").split("&") if piece]
+    return [(uri_decode(name), uri_decode(value)) for name, _, value in pieces]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3670,12 +3666,11 @@ def parse_acl(text: str) -> list[Credential]:
     """`role:access:secret,...`; a secret may hold colons but no comma."""
     credentials = []
     for entry in parse_names(text):
-        role, _, keys = entry.partition(":")
-        access, _, secret = keys.partition(":")
-        if role not in ROLES or not access or not secret:
+        pieces = entry.split(":", 2)
+        if len(pieces) < 3 or not all(pieces) or pieces[0] not in ROLES:
             roles = ", ".join(ROLES)
             raise argparse.ArgumentTypeError(f"{entry!r} is no ROLE:ACCESS:SECRET; roles: {roles}")
-        credentials.append(Credential(role, access, secret))
+        credentials.append(Credential(*pieces))
     if len({each.access for each in credentials}) < len(credentials):
         raise argparse.ArgumentTypeError("an access key stands there twice")
     return credentials
