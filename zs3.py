@@ -614,10 +614,10 @@ def string_to_sign(amz_date: str, scope: str, canonical: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def signing_key(secret: str, date: str, region: str, service: str = "s3") -> bytes:
-    """Step 3. The key of one day, region and service. `date` is YYYYMMDD."""
+def signing_key(secret: str, date: str, region: str) -> bytes:
+    """Step 3. The key of one day and region, for the service s3. `date` is YYYYMMDD."""
     key = b"AWS4" + secret.encode()
-    for message in (date, region, service, "aws4_request"):
+    for message in (date, region, "s3", "aws4_request"):
         key = hmac.digest(key, message.encode(), "sha256")
     return key
 
