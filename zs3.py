@@ -2589,8 +2589,7 @@ def list_objects(store: Store, request: Request) -> Response:
     marker = request.query.get("marker", "")
     page = query.page(store, start_after(marker, query.prefix, query.delimiter))
     following = query.show(page.last) if page.next_start is not None and query.delimiter else None
-    fields = {"Marker": query.show(marker), "NextMarker": following}
-    return listing(request, query, page, fields, OWNER)
+    return listing(query, page, OWNER, Marker=query.show(marker), NextMarker=following)
 
 
 def list_objects_v2(store: Store, request: Request) -> Response:
@@ -2604,18 +2603,15 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     start = decode_token(token) if token else start_after(after, query.prefix, query.delimiter)
     page = query.page(store, start)
     following = encode_token(page.next_start) if page.next_start is not None else None
-    fields = {
-        "KeyCount": len(page.contents) + len(page.prefixes),
-        "StartAfter": query.show(after) or None,
-        "ContinuationToken": token, "NextContinuationToken": following,
-    }
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
-    return listing(request, query, page, fields, owner)
+    return listing(
+        query, page, owner, KeyCount=len(page.contents) + len(page.prefixes),
+        StartAfter=query.show(after) or None, ContinuationToken=token,
+        NextContinuationToken=following,
+    )
 
 
-def listing(
-    request: Request, query: ListQuery, page: Page, fields: Mapping[str, object], owner: Xml | None
-) -> Response:
+def listing(query: ListQuery, page: Page, owner: Xml | None, **fields: object) -> Response:
     """The ListBucketResult of either version. davix wants all else before Contents."""
     contents = [
         xml(
@@ -2626,7 +2622,7 @@ def listing(
         for info in page.contents
     ]
     return document(
-        "ListBucketResult", Name=request.bucket, **query.fields, **fields, MaxKeys=query.limit,
+        "ListBucketResult", Name=query.bucket, **query.fields, **fields, MaxKeys=query.limit,
         IsTruncated=page.next_start is not None, Contents=contents,
         CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in page.prefixes],
     )
