@@ -3022,13 +3022,11 @@ def already_completed(
     store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
 ) -> ObjectInfo:
     """The object that an earlier Complete with the same list made; else raises `error`."""
-    try:
+    with contextlib.suppress(S3Error):  # there is no object: it was another's upload, or aborted
         info = store.stat_object(request.bucket, request.key)
-    except S3Error:
-        raise error from None
-    if (info.upload_id, info.etag) != (request.query["uploadId"], multipart_etag(listed)):
-        raise error
-    return info
+        if (info.upload_id, info.etag) == (request.query["uploadId"], multipart_etag(listed)):
+            return info
+    raise error
 
 
 def abort_multipart_upload(store: Store, request: Request) -> Response:
