@@ -985,12 +985,14 @@ class Blocks:
             with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
                 if path.read_bytes() == data:
                     if self.fsync:  # who wrote it may not have come so far yet
-                        sync(path)
-                        self._sync_folders(path)
+                        sync(path, path.parent, self.root)
                     return
         temporary = self.root / f"{block}.{secrets.token_hex(4)}.tmp"
         try:
-            self._write(temporary, data)
+            with open(temporary, "wb", buffering=0) as file:
+                zs3.write_all(file.fileno(), memoryview(data))
+            if self.fsync:
+                sync(temporary)
             path.parent.mkdir(exist_ok=True)
             with self._lock(block):
                 new = not path.exists()
@@ -999,19 +1001,10 @@ class Blocks:
             temporary.unlink(missing_ok=True)
             raise
         if self.fsync:
-            self._sync_folders(path)
+            sync(path.parent, self.root)
         if new:
             self._counted(1, len(data))
 
-    def _sync_folders(self, path: Path) -> None:
-        sync(path.parent)
-        sync(self.root)
-
-    def _write(self, path: Path, data: bytes | bytearray) -> None:
-        with open(path, "wb", buffering=0) as file:
-            zs3.write_all(file.fileno(), memoryview(data))
-        if self.fsync:
-            sync(path)
 
     def get(self, block: str) -> bytes | None:
         """The block's bytes, verified; None when it is not here. A bad one is set aside first."""
@@ -1091,13 +1084,14 @@ class Blocks:
             self.count, self.total_bytes = count, size
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or what was renamed in a folder, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sync(*paths: Path) -> None:
+    """Make files' bytes, and what was renamed in folders, survive a loss of power."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class Pins:
