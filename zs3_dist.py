@@ -638,11 +638,25 @@ class Peers:
         """Did it fail to answer lately?"""
         return self._skipped.get(node, 0.0) > time.monotonic()
 
+    def fail(self, node: int) -> None:
+        """It did not answer in time."""
+        with self._lock:
+            self._skipped[node] = time.monotonic() + SKIP_SECONDS
+
     def heard(self, node: int) -> None:
         """It spoke: ask it again at once."""
         if node in self._skipped:
             with self._lock:
                 self._skipped.pop(node, None)
+
+    def slow(self, node: int) -> bool:
+        """Is it not worth to be lingered for?"""
+        return self.skipped(node) or self._slow.get(node, 0.0) > time.monotonic()
+
+    def mark_slow(self, nodes: Iterable[int]) -> None:
+        """They were lingered for in vain. Who is slow is heard from all the same."""
+        with self._lock:
+            self._slow.update(dict.fromkeys(nodes, time.monotonic() + SKIP_SECONDS))
 
     def ask(
         self, questions: Sequence[Question], enough: Enough, first: int, seconds: float,
@@ -672,20 +686,6 @@ class Peers:
                 idle.append(link)
                 return
         link.close()
-
-    def fail(self, node: int) -> None:
-        """It did not answer in time."""
-        with self._lock:
-            self._skipped[node] = time.monotonic() + SKIP_SECONDS
-
-    def mark_slow(self, nodes: Iterable[int]) -> None:
-        """They were lingered for in vain. Who is slow is heard from all the same."""
-        with self._lock:
-            self._slow.update(dict.fromkeys(nodes, time.monotonic() + SKIP_SECONDS))
-
-    def slow(self, node: int) -> bool:
-        """Is it not worth to be lingered for?"""
-        return self.skipped(node) or self._slow.get(node, 0.0) > time.monotonic()
 
     def later(self, calls: Collection[Call]) -> None:
         """Hand over calls whose answers nobody waits for, so that their connections live on."""
