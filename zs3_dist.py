@@ -1005,7 +1005,6 @@ class Blocks:
         if new:
             self._counted(1, len(data))
 
-
     def get(self, block: str) -> bytes | None:
         """The block's bytes, verified; None when it is not here. A bad one is set aside first."""
         try:
