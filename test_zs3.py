@@ -1406,7 +1406,9 @@ def test_a_presigned_put_with_a_signed_header_needs_that_header(s3: Client) -> N
 
 @pytest.mark.parametrize("expires", [1, 60, 7 * DAY])
 def test_a_presigned_url_lives_one_second_to_seven_days(s3: Client, expires: int) -> None:
-    s3.unsigned("GET", presign("GET", s3.host, f"/{s3.bucket}", expires=expires)).ok()
+    soon = time.time() + 60  # so that the shortest has not ended before it is used
+    target = presign("GET", s3.host, f"/{s3.bucket}", expires=expires, when=soon)
+    s3.unsigned("GET", target).ok()
 
 
 @pytest.mark.parametrize("expires", [0, -1, 7 * DAY + 1, "soon", "", "1.5", 10**30, "٣"])
