@@ -43,6 +43,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import xml.etree.ElementTree as ET
 import zlib
@@ -4504,6 +4505,30 @@ def test_nobody_waits_for_the_turn_of_a_slow_request_or_of_a_slow_client(folder:
             assert slow.answer("HEAD").status == 404
         assert time.monotonic() - began > 1.9, "the slow request was slow"
         s3.close()
+
+
+def test_beside_a_long_turn_the_others_go_on_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight long listings at once would take several times as long as one after the other."""
+    monkeypatch.setattr(zs3, "TURN_SECONDS", 0.2)
+    server: Any = types.SimpleNamespace(
+        service=types.SimpleNamespace(store=types.SimpleNamespace(waits=False)),
+        _turn=threading.Lock(), _turn_ends=0.0, _next_turn=threading.Lock(),
+    )  # fmt: skip
+    request: Any = types.SimpleNamespace(wire=types.SimpleNamespace(is_here=lambda: True))
+    under_way, at_once = [0], []
+
+    def work(_: int) -> None:
+        with zs3.Server.turn(server, request):
+            under_way[0] += 1
+            at_once.append(under_way[0])
+            time.sleep(0.5)
+            under_way[0] -= 1
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert len(at_once) == 8 and 2 <= max(at_once) <= 5
 
 
 def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: Path) -> None:

@@ -3534,28 +3534,29 @@ class Server(ThreadingHTTPServer):
         self._under_way = 0
         self._turn = threading.Lock()  # held while a request is answered that waits for nobody
         self._turn_ends = 0.0  # monotonic; when the holder has had it for long enough
+        self._next_turn = threading.Lock()  # guards the replacement of the two
 
     @contextlib.contextmanager
     def turn(self, request: Request) -> Iterator[None]:
         """Requests are answered one after the other: threads that compute beside each other hand on
         the interpreter's lock at each system call, which takes a third of the throughput with 50
         connections. Nobody waits for one that waits for its client, for peers or for the disk's
-        flush, nor for one whose turn has lasted TURN_SECONDS."""
+        flush. Beside one whose turn has lasted TURN_SECONDS, the others go on taking turns."""
         if self.service.store.waits or not request.wire.is_here():
             yield
             return
-        now = time.monotonic()
-        while not (mine := self._turn.acquire(timeout=max(self._turn_ends - now, 0.0))):
+        turn, now = self._turn, time.monotonic()
+        while not turn.acquire(timeout=max(self._turn_ends - now, 0.0)):
             now = time.monotonic()
-            if now >= self._turn_ends:
-                break
-        if mine:
-            self._turn_ends = time.monotonic() + TURN_SECONDS
+            with self._next_turn:
+                if now >= self._turn_ends:
+                    self._turn, self._turn_ends = threading.Lock(), now + TURN_SECONDS
+                turn = self._turn
+        self._turn_ends = time.monotonic() + TURN_SECONDS
         try:
             yield
         finally:
-            if mine:
-                self._turn.release()
+            turn.release()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
