@@ -462,7 +462,7 @@ class Question(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """Who sent a request, the SHA-256 in hex that its body must have ("-": any), and its HMAC."""
+    """Who sent a request, the BLAKE3 in hex that its body must have ("-": any), and its MAC."""
 
     sender: Contact
     payload: str
@@ -471,20 +471,20 @@ class Sealed(NamedTuple):
 
 class Seal:
     """Seals requests to peers and checks theirs: `x-zs3-seal: SENDER ADDRESS RECEIVER NONCE PAYLOAD
-    HMAC`, the last under the cluster key, over the path and the rest. No date, since a node whose
-    clock is a day off is still a member: the receiver is named, so that no request but hello can be
-    replayed to another node, and to replay one to the same node changes nothing that a delayed
-    duplicate could not (ballots order everything). Answers carry a proof, too."""
+    MAC`, the last by BLAKE3 under the cluster key, of the path and the rest. No date, as a node
+    whose clock is a day off is still a member: the receiver is named, so that no request but hello
+    can be replayed to another node, and to replay one to the same node changes nothing that a
+    delayed duplicate could not (ballots order everything). Answers carry a proof, too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
-        self._key = hashlib.sha256(b"zs3 cluster\0" + secret.encode()).digest()
+        self._key = blake3(secret.encode(), derive_key_context="zs3 cluster").digest()
         self._from = " ".join(own.as_json())
 
     def request(self, question: Question) -> tuple[bytes, str]:
-        """Head of the HTTP request, and the HMAC that the answer must prove to have seen."""
+        """Head of the HTTP request, and the MAC that the answer must prove to have seen."""
         to, path = question.to, "/_zs3/" + question.path
-        payload = "-" if question.of_block else zs3.sha256_hex(question.body)
+        payload = "-" if question.of_block else blake3(question.body).hexdigest()
         said = f"{self._from} {node_hex(to.node)} {secrets.token_hex(8)} {payload}"
         mac = self._mac(path, said)
         head = (
@@ -507,8 +507,8 @@ class Seal:
         return Sealed(parse_contact(f"{node} {address}"), payload, mac)
 
     def mark(self, data: bytes) -> bytes:
-        """32 bytes that only a holder of the cluster key can say of `data`."""
-        return hmac.digest(self._key, data, "sha256")
+        """32 bytes that only a holder of the cluster key can say of `data`: its keyed BLAKE3."""
+        return blake3(data, key=self._key).digest()
 
     def proof(self, mac: str, status: int, body: bytes) -> str:
         """What only a holder of the cluster key can say about this answer to that request."""
@@ -539,37 +539,34 @@ class Link:
 
     def events(self) -> int:
         """What to poll for."""
-        return select.POLLIN | (select.POLLOUT if self.outgoing else 0)
+        return select.POLLOUT if self.outgoing else select.POLLIN
 
     def pump(self) -> Reply | None:
-        """Send and receive what can be without waiting. The answer, once it is whole. OSError when
+        """Send or receive what can be without waiting. The answer, once it is whole. OSError when
         the connection is of no use any more."""
+        try:
+            if self.outgoing:
+                self._send()
+                return None
+            some = self.socket.recv(1 << 18)
+        except BlockingIOError:
+            return None
+        if not some:
+            raise ConnectionResetError("closed by the peer")
+        self.incoming += some
+        if len(self.incoming) > MESSAGE_BYTES + 65536:
+            raise ConnectionAbortedError("answer too large")
+        reply = parse_reply(self.incoming)
+        self.fresh = self.fresh and reply is None
+        return reply
+
+    def _send(self) -> None:
         while self.outgoing:
-            try:
-                sent = self.socket.sendmsg(self.outgoing)
-            except BlockingIOError:
-                break  # the rest when there is room
+            sent = self.socket.sendmsg(self.outgoing)
             while self.outgoing and sent >= len(self.outgoing[0]):
                 sent -= len(self.outgoing.pop(0))
             if sent:
                 self.outgoing[0] = self.outgoing[0][sent:]
-        return self._receive()
-
-    def _receive(self) -> Reply | None:
-        while True:
-            try:
-                some = self.socket.recv(1 << 18)
-            except BlockingIOError:
-                return None
-            if not some:
-                raise ConnectionResetError("closed by the peer")
-            self.incoming += some
-            if len(self.incoming) > MESSAGE_BYTES + 65536:
-                raise ConnectionAbortedError("answer too large")
-            reply = parse_reply(self.incoming)
-            if reply is not None:
-                self.fresh = False
-                return reply
 
     def close(self) -> None:
         """Drop the connection."""
@@ -829,7 +826,6 @@ class Exchange:
     def _send(self, question: Question, link: Link) -> None:
         call = Call(question, link, self.peers.seal, self.deadline)
         self.calls[link.socket.fileno()] = call
-        self.poller.register(link.socket, link.events())
         self._pump(call)
 
     def _pump(self, call: Call) -> None:
@@ -838,7 +834,7 @@ class Exchange:
         except OSError:
             return self._broken(call)
         if reply is None:
-            self.poller.modify(call.link.socket, call.link.events())
+            self.poller.register(call.link.socket, call.link.events())  # for the next step
             return
         self._drop(call)
         self.peers.give(call.to.address, call.link)
@@ -868,7 +864,8 @@ class Exchange:
 
     def _drop(self, call: Call) -> None:
         del self.calls[call.link.socket.fileno()]
-        self.poller.unregister(call.link.socket)
+        with contextlib.suppress(KeyError):  # it broke before it was waited for
+            self.poller.unregister(call.link.socket)
 
 
 # ===== 5 Lookups and providers =====
@@ -3124,7 +3121,7 @@ class DistributedStore:
                 self.node.blocks.put(argument, data)
                 return 200, b"{}"
             data = read_body(request, MESSAGE_BYTES)
-            need(zs3.sha256_hex(data) == sealed.payload, "payload hash")
+            need(blake3(data).hexdigest() == sealed.payload, "payload hash")
             message = parse_message(name, data)
             return 200, pack(self.node.answer(name, message, sealed.sender))
         except (ValueError, RecursionError) as error:
