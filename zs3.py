@@ -1115,22 +1115,24 @@ class Body:
             yield block[:got]
 
     def _large(self, digests: Mapping[str, Digest]) -> Iterator[memoryview]:
-        """Blocks take turns: while one is received, those before it are hashed, each digest in a
-        thread of its own, as hashlib lets others run meanwhile."""
+        """Blocks take turns: while one is received, hashed and written here, MD5, the slowest of
+        the digests, is busy with those before it in a thread of its own, without the interpreter's
+        lock."""
         # Their pages come when bytes do: a client that sends none costs none.
         blocks = deque(memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(BODY_BLOCKS))
-        hashing: deque[list[Future[None]]] = deque()
-        with contextlib.ExitStack() as ending:
-            threads = [ending.enter_context(ThreadPoolExecutor(1)) for _ in digests]
+        md5, others = digests["MD5"], [digests[name] for name in digests if name != "MD5"]
+        under_way: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as thread:
             while got := self._fill(blocks[0]):
-                pairs = zip(threads, digests.values(), strict=True)
-                hashing.append([one.submit(to.update, blocks[0][:got]) for one, to in pairs])
-                yield blocks[0][:got]
+                block = blocks[0][:got]
+                under_way.append(thread.submit(md5.update, block))
+                for digest in others:
+                    digest.update(block)
+                yield block
                 blocks.rotate(-1)
-                if len(hashing) == BODY_BLOCKS:
-                    for each in hashing.popleft():
-                        each.result()
-            for each in itertools.chain(*hashing):
+                if len(under_way) == BODY_BLOCKS:
+                    under_way.popleft().result()
+            for each in under_way:
                 each.result()
 
     def _check_length(self) -> None:
