@@ -305,11 +305,12 @@ def xml(**fields: object) -> Xml:
     is escaped; Xml stands as it is, and so do numbers; True and False in lower case."""
     text = ""
     for name, value in fields.items():
-        for item in value if type(value) is list else (value,):
-            if type(item) is str:
-                text += f"<{name}>{escape(item)}</{name}>"
-            elif item is not None:
-                text += f"<{name}>{str(item).lower() if type(item) is bool else item}</{name}>"
+        if type(value) is str:
+            text += f"<{name}>{escape(value)}</{name}>"
+        elif type(value) is list:
+            text += "".join([xml(**{name: item}) for item in value])
+        elif value is not None:
+            text += f"<{name}>{str(value).lower() if type(value) is bool else value}</{name}>"
     return Xml(text)
 
 
@@ -1318,7 +1319,7 @@ class ObjectInfo:
     @classmethod
     def from_record(cls, key: str, record: Mapping[str, Any]) -> ObjectInfo:
         """The inverse of record()."""
-        parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
+        parts = tuple([PartInfo(*part) for part in record.get("parts", ())])
         return cls(
             key, record["size"], record["etag"], record["modified"], record.get("headers", {}),
             record.get("checksums", {}), record.get("checksum_type", ""), parts,
@@ -1464,6 +1465,12 @@ def unspell(path: str) -> str:
     return unquote_to_bytes(text.replace("%", "%25").replace("+", "%").replace("~", "%")).decode()
 
 
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file or directory from any other, and from itself once it was changed. The ctime
+    too: rsync, cp and tar set an mtime back, but nobody can set that."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
 class DirectoryCache:
     """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At
     most MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
@@ -1478,8 +1485,7 @@ class DirectoryCache:
         order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
         try:
             status = os.stat(path)
-            # The ctime too: rsync, cp and tar set a folder's mtime back, but nobody can set that.
-            identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+            identity = file_identity(status)
             with self._lock:
                 entry = self._entries.get(path)
                 if entry is not None and entry[0] == identity:
@@ -1735,11 +1741,12 @@ class FileStore:
             record = None  # somebody else's attribute
         return record if isinstance(record, dict) else {}
 
-    def _describe(self, file: str | int, bucket: str, key: str) -> tuple[ObjectInfo, bool]:
+    def _describe(
+        self, file: str | int, bucket: str, key: str, status: os.stat_result
+    ) -> tuple[ObjectInfo, bool]:
         """The ObjectInfo of a file, by path or open, and whether its record holds. If it was not
         written for what is there, somebody edited the file: its ETag is then made of its size and
-        mtime, with a dash, lest a client take it for an MD5. FileNotFoundError."""
-        status = file_status(file)
+        mtime, with a dash, lest a client take it for an MD5."""
         record = self._read_record(file, bucket, key, status)
         modified = status.st_mtime_ns / 1e9
         if record.get("mtime") == status.st_mtime_ns and record.get("size") == status.st_size:
@@ -1749,10 +1756,11 @@ class FileStore:
 
     def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
         """The object at a path, if it is one. Two calls by path may meet two files, one replacing
-        the other: where they disagree, look again through one open file."""
+        the other: then look again through one open file."""
         try:
-            info, holds = self._describe(path, bucket, key)
-            if not holds:
+            status = file_status(path)
+            info, holds = self._describe(path, bucket, key, status)
+            if not holds and file_identity(file_status(path)) != file_identity(status):
                 with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
                     info, content = self._open(path, bucket, key)
                     content.close()
@@ -1766,7 +1774,8 @@ class FileStore:
         for _ in range(RACE_TRIES):
             content = FileContent(find_file(path, open_file))
             try:
-                info, holds = self._describe(content.file, bucket, key)
+                status = file_status(content.file)
+                info, holds = self._describe(content.file, bucket, key, status)
                 if holds or os.fstat(content.file).st_nlink:
                     return info, content
             except BaseException:
