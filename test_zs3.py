@@ -4439,7 +4439,7 @@ CHANGED = "import zs3\n{}\nsys.exit(zs3.main())"
 
 
 def test_a_client_that_stops_sending_is_RequestTimeout(folder: Path) -> None:
-    run = CHANGED.format("zs3.SOCKET_SECONDS = zs3.Handler.timeout = 0.2")
+    run = CHANGED.format("zs3.SOCKET_SECONDS = 0.2")
     with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
         s3 = server.client("bucket")
         s3.put("k", b"old").ok()
@@ -4507,28 +4507,136 @@ def test_nobody_waits_for_the_turn_of_a_slow_request_or_of_a_slow_client(folder:
         s3.close()
 
 
-def test_beside_a_long_turn_the_others_go_on_one_after_the_other(
+def test_nobody_waits_for_a_client_that_does_not_read_its_answer(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", data=folder) as server:
+        s3 = server.client("bucket")
+        (folder / "bucket/large").write_bytes(bytes(32 << 20))
+        for number in range(1000):
+            (folder / f"bucket/{number:0200}").touch()
+        began = time.monotonic()
+        with contextlib.ExitStack() as idle:
+            for query in ("", "", "", "", "list-type=2", "list-type=2", "list-type=2"):
+                lazy = idle.enter_context(s3.connect())
+                lazy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+                path = "/bucket" if query else "/bucket/large"
+                headers = s3.signed_head("GET", path, query)
+                lazy.send(head_bytes("GET", f"{path}?{query}".rstrip("?"), headers))
+            for _ in range(5):
+                assert s3.head("large").status == 200
+        assert time.monotonic() - began < 5
+        s3.close()
+
+
+class InProcess:
+    """A zs3.Server in this process whose requests are answered by `respond`."""
+
+    def __init__(self, respond: Callable[[zs3.Request], zs3.Response]) -> None:
+        service: Any = types.SimpleNamespace(
+            respond=respond, waits=lambda request: False, settings=zs3.Settings({})
+        )
+        self.server = zs3.Server(socket.create_server(("127.0.0.1", 0)), service, None)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> InProcess:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.finish()
+        self.thread.join()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.server.server_address[:2], timeout=20)
+
+
+PLAIN_GET = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+def test_beside_a_long_request_the_others_go_on_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eight long listings at once would take several times as long as one after the other."""
     monkeypatch.setattr(zs3, "TURN_SECONDS", 0.2)
-    server: Any = types.SimpleNamespace(
-        service=types.SimpleNamespace(store=types.SimpleNamespace(waits=False)),
-        _turn=threading.Lock(), _turn_ends=0.0, _next_turn=threading.Lock(),
-    )  # fmt: skip
-    request: Any = types.SimpleNamespace(wire=types.SimpleNamespace(is_here=lambda: True))
     under_way, at_once = [0], []
 
-    def work(_: int) -> None:
-        with zs3.Server.turn(server, request):
-            under_way[0] += 1
-            at_once.append(under_way[0])
-            time.sleep(0.5)
-            under_way[0] -= 1
+    def respond(_: zs3.Request) -> zs3.Response:
+        under_way[0] += 1
+        at_once.append(under_way[0])
+        time.sleep(0.5)
+        under_way[0] -= 1
+        return zs3.Response(200)
 
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        list(threads.map(work, range(8)))
+    with InProcess(respond) as server, contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(server.connect()) for _ in range(8)]
+        for client in clients:
+            client.sendall(PLAIN_GET)
+        assert all(client.recv(12) == b"HTTP/1.1 200" for client in clients)
     assert len(at_once) == 8 and 2 <= max(at_once) <= 5
+
+
+def test_a_request_that_waits_is_answered_though_no_thread_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert client.recv(4096)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            server.server._spare = 0
+            client.sendall(PLAIN_GET[:5])
+            while "can't start new thread" not in caplog.text:
+                time.sleep(0.01)
+            client.sendall(PLAIN_GET[5:])
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with server.connect() as other:
+            other.sendall(PLAIN_GET)
+            assert other.recv(12) == b"HTTP/1.1 200"
+
+
+def test_connections_that_are_silent_have_no_threads(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", data=folder) as server, contextlib.ExitStack() as held:
+        s3 = server.client("bucket")
+        for _ in range(100):
+            connection = held.enter_context(s3.connect())
+            connection.send(signed_get(s3, "k"))
+            assert connection.answer().error == "NoSuchKey"
+        assert len(os.listdir(f"/proc/{server.process.pid}/task")) < 10
+        s3.close()
+
+
+def test_at_the_limit_of_connections_a_silent_one_has_to_go(folder: Path) -> None:
+    run = CHANGED.format("zs3.MAX_CONNECTIONS, zs3.OWN_SECONDS = 3, 0.2")
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
+        s3 = server.client("bucket")
+        with contextlib.ExitStack() as held:
+            connections = []
+            for _ in range(6):
+                connections.append(held.enter_context(s3.connect()))
+                connections[-1].send(signed_get(s3, "k"))
+                assert connections[-1].answer().error == "NoSuchKey"
+                time.sleep(0.3)
+            assert connections[0].closed() and connections[2].closed()
+        s3.close()
+
+
+def test_workers_share_the_connections(folder: Path) -> None:
+    with (
+        Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server,
+        contextlib.ExitStack() as held,
+    ):
+        s3 = server.client("bucket")
+        connections = [held.enter_context(s3.connect()) for _ in range(40)]
+        ids = []
+        for connection in connections:
+            connection.send(signed_get(s3, "k"))
+            ids.append(int(connection.answer().headers["x-amz-request-id"], 16))
+        first = sum(abs(each - ids[0]) < 10**6 for each in ids)  # a worker counts its own
+        assert 8 <= first <= 32
+        s3.close()
 
 
 def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: Path) -> None:
@@ -4814,21 +4922,6 @@ def test_an_error_in_the_last_digest_of_a_large_body_is_not_lost(
     size = zs3.BLOCK_BYTES + 5
     with pytest.raises(MemoryError):
         list(zs3.Body(io.BytesIO(bytes(size)), size))
-
-
-def test_a_connection_for_which_there_is_no_thread_gives_its_place_back(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    service = zs3.Service(zs3.FileStore(str(folder)), zs3.Settings(credentials={}))
-    server = zs3.Server(socket.create_server(("127.0.0.1", 0)), service, None)
-    with contextlib.closing(server.socket), monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError):
-            server.process_request(socket.socket(), ("127.0.0.1", 1))
-        assert server._places._value == zs3.MAX_CONNECTIONS  # type: ignore[attr-defined]
 
 
 def test_a_description_replaced_within_one_tick_of_the_clock_is_the_new_one(folder: Path) -> None:

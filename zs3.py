@@ -59,11 +59,14 @@ import io
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import re
 import resource
 import secrets
+import select
+import selectors
 import shutil
 import signal
 import socket
@@ -80,7 +83,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -121,6 +125,9 @@ SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, 
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
 TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
+OWN_SECONDS = 1.0  # a connection whose request had to wait keeps its thread for so long after it
+SPARE_THREADS = 16  # are kept for requests that wait
+SHARE_SECONDS = 0.1  # that a worker with all the connections it can have waits for others to accept
 FULL_SECONDS = 0.1  # between two tries to accept a connection at the limit of open files
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
@@ -796,7 +803,6 @@ class WireBody(io.RawIOBase):
         self._left = length or 0  # of the body, or of the current chunk
         self.proceed = proceed  # sends the `100 Continue` that the client waits for, if it does
         self.ended = length == 0
-        self.failed = False  # framing was lost or the client went away: nothing more can be read
 
     def readable(self) -> bool:
         """For io.BufferedReader."""
@@ -816,13 +822,10 @@ class WireBody(io.RawIOBase):
             self.proceed = None
         if self.ended:
             return 0
-        self.failed = True  # unless this succeeds
         try:
-            got = self._read(memoryview(buffer).cast("B"))
+            return self._read(memoryview(buffer).cast("B"))
         except BlockingIOError:  # what a time-out is on the connections of section 11
             raise S3Error("RequestTimeout") from None
-        self.failed = False
-        return got
 
     def _read(self, view: memoryview) -> int:
         if self._left == 0 and not self._next_chunk():
@@ -3200,6 +3203,11 @@ class Service:
         self.ready = False  # for health checks: what was to be done at the start is done
         self._secrets = {access: each.secret for access, each in settings.credentials.items()}
 
+    def waits(self, request: Request) -> bool:
+        """Whether the answer may have to wait for others: what peers ask never does."""
+        of_peer = request.method == "POST" and request.path.startswith("/_zs3/")
+        return self.store.waits and not of_peer
+
     def respond(self, request: Request) -> Response:
         """The answer, an error too. Only a bug raises."""
         try:
@@ -3280,12 +3288,15 @@ class Wire:
         self._connection = connection
         self._rest = b""  # received, not yet read
 
-    def read_head(self) -> bytes:
-        """A request's head with its final empty line; b"" if the client has gone.
-        RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
+    def read_head(self, more: Callable[[], None] = lambda: None) -> bytes:
+        """A request's head with its final empty line; b"" if the client has gone. `more` is called
+        when the first piece that came was not all of it. RequestHeaderSectionTooLarge;
+        RequestTimeout for one that comes in drops."""
         deadline = 0.0
         self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
         while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
+            if deadline:
+                more()
             received = self._connection.recv(MAX_HEAD_BYTES)
             if not received:
                 return b""
@@ -3389,53 +3400,74 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
 GONE = (ConnectionError, BlockingIOError, TimeoutError)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection. Requests are not parsed by http.server: its parser takes several times as
-    long, squeezes slashes that a signature covers, and takes heads that can be read two ways."""
+class Connection(BaseRequestHandler):
+    """A client's connection, on which it sends one request after another. Requests are not parsed
+    by http.server: its parser takes several times as long, squeezes slashes that a signature
+    covers, and takes heads that can be read two ways."""
 
     server: Server
-    disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Prepare to read the connection. Time-outs are the kernel's, which saves a poll a call;
-        one that runs out is a BlockingIOError."""
-        super().setup()
-        self.connection.setblocking(True)  # on macOS it is as the listening socket
+        """Prepare to read it. Time-outs are the kernel's, which saves a poll a call; one that runs
+        out is a BlockingIOError."""
+        self.socket: socket.socket = self.request
+        self.socket.setblocking(True)  # on macOS it is as the listening socket
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         limit = struct.pack("ll", int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self.wire = Wire(self.connection)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self.wire = Wire(self.socket)
+        self.waits_since = time.monotonic()  # for its next request; infinity: it does not
 
-    def handle(self) -> None:
-        """Requests until the client goes away, errs or is told to; its going away is no error."""
+    def answer_next(self) -> bool:
+        """Answer a request. Whether the connection is good for another."""
+        self.waits_since = math.inf
         try:
-            while self._handle_next():
-                pass
+            return self._answer_next()
         except GONE:
             LOG.debug("%s went away", self.client_address[0])
+        except Exception:
+            self.server.handle_error(self.request, self.client_address)
+        finally:
+            self.waits_since = time.monotonic()
+        return False
 
-    def _handle_next(self) -> bool:
-        """Answer one request. Whether the connection is good for another."""
+    def end(self) -> None:
+        """Have it closed by whoever waits for its next request."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def has_more(self) -> bool:
+        """Whether another request comes soon."""
+        if self.wire.buffered():
+            return True
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        return bool(poller.poll(OWN_SECONDS * 1000))
+
+    def _will_wait(self) -> None:
+        """This thread is about to wait, for the client or for others."""
+        self.server.leave(self)
+
+    def _answer_next(self) -> bool:
         began = time.monotonic()
         try:
-            head = self.wire.read_head()
+            head = self.wire.read_head(self._will_wait)
             if not head:
                 return False
             with self.server.under_way():
                 began = time.monotonic()
                 request = self._parse(head)
-                with self.server.turn(request):
-                    response = self._respond(request)
-                return self._finish(request, response, began)
+                if self.server.service.waits(request) or not request.wire.is_here():
+                    self._will_wait()
+                return self._finish(request, self._respond(request), began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
             request = Request(
                 "-", "-", "", {}, self.server.service.settings, client=self.client_address[0],
                 id=self.server.new_id(),
             )
-            request.wire.failed = True
-            self._finish(request, error_response(request, error), began)
-            self._linger()
-            return False
+            request.wire.ended = False
+            return self._finish(request, error_response(request, error), began)
 
     def _parse(self, head: bytes) -> Request:
         method, path, raw_query, version, headers = parse_head(head)
@@ -3444,7 +3476,7 @@ class Handler(BaseHTTPRequestHandler):
         if "expect" in headers and version == "HTTP/1.1":
             if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
-            proceed = functools.partial(self.connection.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
+            proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(
             method, path, raw_query, headers, self.server.service.settings, version,
             self.client_address[0], self.server.new_id(), wire=WireBody(self.wire, length, proceed),
@@ -3457,14 +3489,14 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except Exception:
             LOG.exception("%s %s (request %s)", request.method, request.path, request.id)
-            request.wire.failed = True
+            request.wire.ended = False  # whatever is left of it: the connection is closed
             return error_response(request, S3Error("InternalError"))
 
     def _finish(self, request: Request, response: Response, began: float) -> bool:
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
         asked, length = request.header("connection").lower(), 0
         keep = (
-            request.wire.ended and not (request.wire.failed or request.wire.proceed)
+            request.wire.ended and not request.wire.proceed
             and (asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked)
             and not self.server.stopping
         )
@@ -3485,30 +3517,41 @@ class Handler(BaseHTTPRequestHandler):
         """Write head and body; the number of bytes of the body."""
         head = render_head(request, response, keep)
         if request.method == "HEAD" or response.status in (204, 304):
-            self.connection.sendall(head)
+            self._write(head)
             return 0
         if isinstance(response.body, bytes):
-            self.connection.sendall(head + response.body)
+            self._write(head + response.body)
         else:
             self._send_stream(head, response.body)
         return response.length
 
+    def _write(self, data: bytes | memoryview) -> None:
+        """Send all, at once what the kernel takes without waiting for the client."""
+        sent = 0
+        with contextlib.suppress(BlockingIOError):  # nothing
+            sent = self.socket.send(data, socket.MSG_DONTWAIT)
+        if sent < len(data):
+            self._will_wait()
+            self.socket.sendall(memoryview(data)[sent:])
+
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
         content, start, left = body
+        if left > SMALL_BYTES:
+            self._will_wait()
         if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
-            self.connection.sendall(head, getattr(socket, "MSG_MORE", 0))
-            out, file = self.connection.fileno(), content.file
+            self.socket.sendall(head, getattr(socket, "MSG_MORE", 0))
+            out, file = self.socket.fileno(), content.file
             while left and (count := os.sendfile(out, file, start, min(left, GiB))):
                 start += count
                 left -= count
         else:
             for data in content.chunks(start, left):
-                self.connection.sendall(head + data if head else data)
+                self._write(head + data if head else data)
                 head = b""
                 left -= len(data)
             if head:
-                self.connection.sendall(head)
+                self._write(head)
         if left:
             LOG.warning("an object was cut short while it was sent")
             raise ConnectionError  # all that is left to say so
@@ -3516,58 +3559,135 @@ class Handler(BaseHTTPRequestHandler):
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
         not our answer. (RFC 9112, 9.6)"""
+        self._will_wait()
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
         with contextlib.suppress(OSError):  # the client has gone, or does not stop
-            self.connection.shutdown(socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(left)
-                if not self.connection.recv_into(waste):
+                self.socket.settimeout(left)
+                if not self.socket.recv_into(waste):
                     return
 
 
+class Turn:
+    """A thread's time to see to all connections that have none of their own. It ends when a request
+    is going to wait for somebody, or lasts for too long."""
+
+    connection: Connection | None = None  # whose request is being answered
+    ends = 0.0  # monotonic; when that has lasted for too long
+
+
 class Server(ThreadingHTTPServer):
-    """Gives each connection to a listening socket, which processes may share, a thread."""
+    """Answers requests one after the other, in one thread, as long as none of them has to wait:
+    threads that compute beside each other hand on the interpreter's lock at each system call, which
+    takes half of the throughput with 50 connections. A request that waits for its client, for peers
+    or for a disk's flush, or that lasts TURN_SECONDS, keeps the thread that it is in for itself and
+    for what its connection asks next, and another thread sees to the rest."""
 
-    daemon_threads = True
-
-    def __init__(self, listener: socket.socket, service: Service, log: LogFormat | None) -> None:
-        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+    def __init__(
+        self, listener: socket.socket, service: Service, log: LogFormat | None, shared: bool = False
+    ) -> None:
+        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         listener.setblocking(False)  # another process may take the connection first
         self.service = service
         self.log = log
+        self.shared = shared  # the listening socket, with other processes
         self._request_ids = itertools.count(secrets.randbits(64))
-        self.stopping = False
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.stopping = self._closed = False
         self._idle = threading.Condition()  # guards the number below; told when it is 0
         self._under_way = 0
-        self._turn = threading.Lock()  # held while a request is answered that waits for nobody
-        self._turn_ends = 0.0  # monotonic; when the holder has had it for long enough
-        self._next_turn = threading.Lock()  # guards the replacement of the two
+        self._selector = selectors.DefaultSelector()  # connections without a thread of their own
+        self._lock = threading.Lock()  # guards what follows
+        self._connections: set[Connection] = set()
+        self._turn = Turn()
+        self._spare = 0  # threads that could take a turn
+        self._needed = threading.Semaphore(0)  # so many of them shall
+        self._looked = 0.0  # monotonic; for silent connections
 
-    @contextlib.contextmanager
-    def turn(self, request: Request) -> Iterator[None]:
-        """Requests are answered one after the other: threads that compute beside each other hand on
-        the interpreter's lock at each system call, which takes a third of the throughput with 50
-        connections. Nobody waits for one that waits for its client, for peers or for the disk's
-        flush. Beside one whose turn has lasted TURN_SECONDS, the others go on taking turns."""
-        if self.service.store.waits or not request.wire.is_here():
-            yield
-            return
-        turn, now = self._turn, time.monotonic()
-        while not turn.acquire(timeout=max(self._turn_ends - now, 0.0)):
-            now = time.monotonic()
-            with self._next_turn:
-                if now >= self._turn_ends:
-                    self._turn, self._turn_ends = threading.Lock(), now + TURN_SECONDS
-                turn = self._turn
-        self._turn_ends = time.monotonic() + TURN_SECONDS
-        try:
-            yield
-        finally:
-            turn.release()
+    def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
+        """Accept connections, until stop()."""
+        with self._lock:
+            self._pass_on()
+        super().serve_forever(poll_interval)
+
+    def _pass_on(self) -> None:
+        """Have another thread take the next turn. RuntimeError if there is none to be had."""
+        if not self._spare:
+            threading.Thread(target=self._take_turns, name="answer", daemon=True).start()
+            self._spare += 1
+        self._turn = Turn()
+        self._spare -= 1
+        self._needed.release()
+
+    def _take_turns(self) -> None:
+        while True:
+            self._needed.acquire()
+            self._answer(self._turn)
+            with self._lock:
+                if self._closed or self._spare >= SPARE_THREADS:
+                    return
+                self._spare += 1
+
+    def _answer(self, turn: Turn) -> None:
+        """Answer requests for as long as the turn lasts."""
+        while self._turn is turn and not self._closed:
+            for key, _ in self._selector.select(1.0):
+                connection = key.data
+                turn.ends = time.monotonic() + TURN_SECONDS
+                turn.connection = connection
+                good = connection.answer_next()
+                if good and connection.wire.buffered():
+                    self.leave(connection)  # it has sent more: the others first
+                with self._lock:
+                    turn.connection = None
+                    over = self._turn is not turn
+                if over:
+                    self._answer_alone(connection, good)
+                    return
+                if not good:
+                    self._selector.unregister(connection.socket)
+                    self._close(connection)
+
+    def _answer_alone(self, connection: Connection, good: bool) -> None:
+        """Go on with the connection that ended the turn, for as long as it goes on."""
+        while good and connection.has_more():
+            good = connection.answer_next()
+        if good:
+            self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+        else:
+            self._close(connection)
+
+    def leave(self, connection: Connection) -> None:
+        """The request of this connection is going to wait: end its turn, unless it has ended."""
+        with self._lock:
+            if self._turn.connection is not connection:
+                return
+            self._selector.unregister(connection.socket)
+            try:
+                self._pass_on()
+            except RuntimeError as error:  # no thread is to be had: then the others wait, too
+                LOG.error("%s", error)
+                self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def _close(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        self.shutdown_request(connection.socket)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever now and then: end a turn that lasts for too long, and connections
+        that have been silent for too long."""
+        busy, now = self._turn.connection, time.monotonic()
+        if busy is not None and now > self._turn.ends:
+            self.leave(busy)
+        if now - self._looked > SOCKET_SECONDS / 10:
+            self._looked = now
+            for connection in list(self._connections):
+                if now - connection.waits_since > SOCKET_SECONDS:
+                    connection.end()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -3585,6 +3705,8 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> Any:
         """The next connection. At the limit of open files there is none to be had, however often
         one asks: then wait for others to end."""
+        if self.shared:  # who has fewer connections comes first
+            time.sleep(SHARE_SECONDS * len(self._connections) / MAX_CONNECTIONS)
         try:
             return super().get_request()
         except OSError as error:
@@ -3593,31 +3715,29 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread, or SlowDown when there are too many."""
-        if self._places.acquire(blocking=False):
-            try:
-                super().process_request(request, client_address)
-            except BaseException:  # no thread to be had
-                self._places.release()
-                raise
-        else:
-            refused = Request("GET", "/", "", {}, self.service.settings, id=self.new_id())
-            response = error_response(refused, S3Error("SlowDown", "Too many connections."))
-            assert isinstance(response.body, bytes)
-            with contextlib.suppress(OSError):  # it may be gone already
-                request.sendall(render_head(refused, response, keep=False) + response.body)
-            self.shutdown_request(request)
+        """Take a connection. When there are too many, one that is silent has to go, or else this
+        one is told SlowDown."""
+        if len(self._connections) >= MAX_CONNECTIONS:
+            silent = min(list(self._connections), key=lambda each: each.waits_since)
+            if time.monotonic() - silent.waits_since < OWN_SECONDS:
+                return self._refuse(request)
+            silent.end()
+        connection = Connection(request, client_address, self)
+        with self._lock:
+            self._selector.register(request, selectors.EVENT_READ, connection)
+            self._connections.add(connection)
+
+    def _refuse(self, connection: socket.socket) -> None:
+        refused = Request("GET", "/", "", {}, self.service.settings, id=self.new_id())
+        response = error_response(refused, S3Error("SlowDown", "Too many connections."))
+        assert isinstance(response.body, bytes)
+        with contextlib.suppress(OSError):  # it may be gone already
+            connection.sendall(render_head(refused, response, keep=False) + response.body)
+        self.shutdown_request(connection)
 
     def new_id(self) -> str:
         """16 hex digits that are unique among the requests of all servers."""
         return f"{next(self._request_ids) % 2**64:016X}"
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The thread of a connection."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that no connection should raise."""
@@ -3633,6 +3753,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
         with self._idle:
             self._idle.wait_for(lambda: not self._under_way, SHUTDOWN_SECONDS)
+        self._closed = True
 
 
 # ===== 12 Command line =====
@@ -3864,7 +3985,8 @@ def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.s
         args.min_part_size,
     )
     service = Service(store, settings)
-    server = Server(listener, service, None if args.quiet else args.log_format)
+    log = None if args.quiet else args.log_format
+    server = Server(listener, service, log, shared=args.workers > 1)
     store.start()
     threading.Thread(target=prepare, args=(args, service), name="prepare", daemon=True).start()
     handle_signals(server.stop)
