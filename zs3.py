@@ -114,7 +114,7 @@ MAX_TRAILER_BYTES = 4 * KiB  # everything after the last chunk of a body
 MAX_CHUNK_LINE_BYTES = 512  # a chunk's size and signature
 MAX_PRESIGNED_SECONDS = 7 * 24 * 3600  # X-Amz-Expires; S3 "Query string authentication"
 MAX_SKEW_SECONDS = 15 * 60  # between a request's date and ours; S3 "RequestTimeTooSkewed"
-MAX_CONNECTIONS = 1024  # per process; one thread each, the next is told SlowDown
+MAX_CONNECTIONS = 1024  # per process; then a silent one has to go, or the next is told SlowDown
 MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
 MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
 DIRECTORY_NAMES = 8  # a remembered directory counts as this many names beside its own
@@ -122,6 +122,7 @@ BLOCK_BYTES = 512 * KiB  # a body is read, hashed and written in blocks of this
 BODY_BLOCKS = 3  # of a body in memory: with two, hashing and receiving wait for each other
 CRC_PIECE_BYTES = 256 * KiB  # a CRC in Python holds the interpreter for about 1 ms of these
 SMALL_BYTES = 64 * KiB  # up to here a body is sent in one piece with its head, above it by sendfile
+LARGE_BYTES = MiB  # beyond this an answer is given a thread before it is sent
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
 TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
@@ -808,12 +809,9 @@ class WireBody(io.RawIOBase):
         """For io.BufferedReader."""
         return True
 
-    def is_here(self) -> bool:
-        """Whether all of it has come already, so that reading it will not wait."""
-        return self.ended or (
-            self.length is not None and isinstance(self._wire, Wire)
-            and self._left <= self._wire.buffered()
-        )
+    def is_small(self) -> bool:
+        """Whether it has SMALL_BYTES at most."""
+        return self.length is not None and self.length <= SMALL_BYTES
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
@@ -3282,22 +3280,28 @@ def preflight(request: Request) -> Response:
 
 
 class Wire:
-    """The incoming bytes of a connection."""
+    """The incoming bytes of a connection. Where there are none, `wait` is called, and if it says so
+    they are asked for once more, and waited for."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, wait: Callable[[], bool]) -> None:
+        self._connection, self._wait = connection, wait
         self._rest = b""  # received, not yet read
 
-    def read_head(self, more: Callable[[], None] = lambda: None) -> bytes:
-        """A request's head with its final empty line; b"" if the client has gone. `more` is called
-        when the first piece that came was not all of it. RequestHeaderSectionTooLarge;
-        RequestTimeout for one that comes in drops."""
+    def _receive(self, receive: Callable[[Any], Any], what: Any) -> Any:
+        try:
+            return receive(what)
+        except BlockingIOError:
+            if not self._wait():
+                raise
+            return receive(what)
+
+    def read_head(self) -> bytes:
+        """A request's head with its final empty line; b"" if the client has gone.
+        RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
         deadline = 0.0
         self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
         while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
-            if deadline:
-                more()
-            received = self._connection.recv(MAX_HEAD_BYTES)
+            received: bytes = self._receive(self._connection.recv, MAX_HEAD_BYTES)
             if not received:
                 return b""
             self._rest = (self._rest + received).lstrip(b"\r\n")
@@ -3317,7 +3321,7 @@ class Wire:
     def readinto(self, view: memoryview) -> int:
         """Fill `view` with what has come, waiting for the first byte; 0 if the client has gone."""
         if not self._rest:
-            return self._connection.recv_into(view)
+            return int(self._receive(self._connection.recv_into, view))
         got = min(len(view), len(self._rest))
         view[:got] = self._rest[:got]
         self._rest = self._rest[got:]
@@ -3326,7 +3330,7 @@ class Wire:
     def readline(self, limit: int) -> bytes:
         """Up to and with the next LF, `limit` bytes at most; less if the client has gone."""
         while b"\n" not in self._rest[:limit] and len(self._rest) < limit:
-            received = self._connection.recv(SMALL_BYTES)
+            received = self._receive(self._connection.recv, SMALL_BYTES)
             if not received:
                 break
             self._rest += received
@@ -3406,17 +3410,18 @@ class Connection(BaseRequestHandler):
     covers, and takes heads that can be read two ways."""
 
     server: Server
+    _patient: bool  # does the thread wait where it has to?
 
     def setup(self) -> None:
-        """Prepare to read it. Time-outs are the kernel's, which saves a poll a call; one that runs
-        out is a BlockingIOError."""
+        """Prepare to read it, at first without waiting. Later, time-outs are the kernel's, which
+        saves a poll a call; one that runs out is a BlockingIOError."""
         self.socket: socket.socket = self.request
-        self.socket.setblocking(True)  # on macOS it is as the listening socket
+        self.enter()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         limit = struct.pack("ll", int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self.wire = Wire(self.socket)
+        self.wire = Wire(self.socket, self._wait)
         self.waits_since = time.monotonic()  # for its next request; infinity: it does not
 
     def answer_next(self) -> bool:
@@ -3445,21 +3450,30 @@ class Connection(BaseRequestHandler):
         poller.register(self.socket, select.POLLIN)
         return bool(poller.poll(OWN_SECONDS * 1000))
 
-    def _will_wait(self) -> None:
-        """This thread is about to wait, for the client or for others."""
+    def _wait(self) -> bool:
+        """From here on this thread waits, for the client or others. False: it did so, in vain."""
+        if self._patient:
+            return False
         self.server.leave(self)
+        self._patient = self.socket.getblocking()
+        return self._patient
+
+    def enter(self) -> None:
+        """The thread that sees to all is to answer the next request."""
+        self._patient = False
+        self.socket.setblocking(False)
 
     def _answer_next(self) -> bool:
         began = time.monotonic()
         try:
-            head = self.wire.read_head(self._will_wait)
+            head = self.wire.read_head()
             if not head:
                 return False
             with self.server.under_way():
                 began = time.monotonic()
                 request = self._parse(head)
-                if self.server.service.waits(request) or not request.wire.is_here():
-                    self._will_wait()
+                if self.server.service.waits(request) or not request.wire.is_small():
+                    self._wait()
                 return self._finish(request, self._respond(request), began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
             request = Request(
@@ -3476,7 +3490,7 @@ class Connection(BaseRequestHandler):
         if "expect" in headers and version == "HTTP/1.1":
             if headers["expect"].lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
-            proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
+            proceed = functools.partial(self._write, b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(
             method, path, raw_query, headers, self.server.service.settings, version,
             self.client_address[0], self.server.new_id(), wire=WireBody(self.wire, length, proceed),
@@ -3525,26 +3539,36 @@ class Connection(BaseRequestHandler):
             self._send_stream(head, response.body)
         return response.length
 
-    def _write(self, data: bytes | memoryview) -> None:
-        """Send all, at once what the kernel takes without waiting for the client."""
-        sent = 0
-        with contextlib.suppress(BlockingIOError):  # nothing
-            sent = self.socket.send(data, socket.MSG_DONTWAIT)
-        if sent < len(data):
-            self._will_wait()
-            self.socket.sendall(memoryview(data)[sent:])
+    def _write(self, data: bytes | memoryview, flags: int = 0) -> None:
+        """Send all of it."""
+        rest = memoryview(data)
+        while rest:
+            with self._patience():
+                rest = rest[self.socket.send(rest, flags) :]
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """What cannot be done without waiting is tried once more: then it waits."""
+        try:
+            yield
+        except BlockingIOError:
+            if not self._wait():
+                raise
 
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
         content, start, left = body
-        if left > SMALL_BYTES:
-            self._will_wait()
+        if left > LARGE_BYTES:
+            self._wait()
         if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
-            self.socket.sendall(head, getattr(socket, "MSG_MORE", 0))
+            self._write(head, getattr(socket, "MSG_MORE", 0))
             out, file = self.socket.fileno(), content.file
-            while left and (count := os.sendfile(out, file, start, min(left, GiB))):
-                start += count
-                left -= count
+            count = 1
+            while left and count:
+                with self._patience():
+                    count = os.sendfile(out, file, start, min(left, GiB))
+                    start += count
+                    left -= count
         else:
             for data in content.chunks(start, left):
                 self._write(head + data if head else data)
@@ -3559,7 +3583,7 @@ class Connection(BaseRequestHandler):
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
         not our answer. (RFC 9112, 9.6)"""
-        self._will_wait()
+        self._wait()
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
         with contextlib.suppress(OSError):  # the client has gone, or does not stop
@@ -3610,14 +3634,24 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
         """Accept connections, until stop()."""
         with self._lock:
+            if not self._has_spare():
+                raise OSError(errno.EAGAIN, "no thread is to be had")
             self._pass_on()
         super().serve_forever(poll_interval)
 
-    def _pass_on(self) -> None:
-        """Have another thread take the next turn. RuntimeError if there is none to be had."""
+    def _has_spare(self) -> bool:
+        """Whether there is a thread that can take the next turn. One is started if need be."""
         if not self._spare:
-            threading.Thread(target=self._take_turns, name="answer", daemon=True).start()
-            self._spare += 1
+            try:
+                threading.Thread(target=self._take_turns, name="answer", daemon=True).start()
+            except RuntimeError as error:
+                LOG.error("%s", error)
+                return False
+            self._spare = 1
+        return True
+
+    def _pass_on(self) -> None:
+        """Have such a thread take it."""
         self._turn = Turn()
         self._spare -= 1
         self._needed.release()
@@ -3656,21 +3690,19 @@ class Server(ThreadingHTTPServer):
         while good and connection.has_more():
             good = connection.answer_next()
         if good:
+            connection.enter()
             self._selector.register(connection.socket, selectors.EVENT_READ, connection)
         else:
             self._close(connection)
 
     def leave(self, connection: Connection) -> None:
-        """The request of this connection is going to wait: end its turn, unless it has ended."""
+        """The request of this connection is going to wait: end its turn, unless that was done, or
+        there is no thread to go on."""
         with self._lock:
-            if self._turn.connection is not connection:
-                return
-            self._selector.unregister(connection.socket)
-            try:
+            if self._turn.connection is connection and self._has_spare():
+                self._selector.unregister(connection.socket)
+                connection.socket.setblocking(True)
                 self._pass_on()
-            except RuntimeError as error:  # no thread is to be had: then the others wait, too
-                LOG.error("%s", error)
-                self._selector.register(connection.socket, selectors.EVENT_READ, connection)
 
     def _close(self, connection: Connection) -> None:
         with self._lock:
