@@ -52,6 +52,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import boto3
+import botocore.auth
+import botocore.awsrequest
+import botocore.credentials
 import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -1271,6 +1274,20 @@ def test_a_signature_must_cover_the_host(s3: Client) -> None:
     assert answer.error in ("AccessDenied", "AuthorizationHeaderMalformed", "SignatureDoesNotMatch")
 
 
+def test_a_header_named_twice_in_signed_headers_is_refused_with_a_small_answer(s3: Client) -> None:
+    """The canonical request, which an error shows, would hold its value each time."""
+    names = "host" + ";x-amz-meta-a" * 300
+    headers = s3.signed_head("GET", f"/{s3.bucket}") | {"x-amz-meta-a": "x" * 4000}
+    given = headers["authorization"]
+    headers["authorization"] = re.sub("SignedHeaders=[^,]*", f"SignedHeaders={names}", given)
+    in_header = s3.exchange("GET", head_bytes("GET", f"/{s3.bucket}", headers))
+    target = presign("GET", s3.host, f"/{s3.bucket}")
+    target = target.replace("SignedHeaders=host", f"SignedHeaders={percent(names)}")
+    in_query = s3.unsigned("GET", target, {"x-amz-meta-a": "x" * 4000})
+    for answer in (in_header, in_query):
+        assert answer.error == "AccessDenied" and len(answer.body) < 1000
+
+
 def test_the_date_header_stands_in_for_x_amz_date(s3: Client) -> None:
     now = time.time()
     signer = Signer(date=amz_date(now))
@@ -1312,6 +1329,19 @@ SIGNED_QUERIES = [  # as clients send them: unsorted, "+" for a space, raw "/", 
 def test_queries_are_signed_as_they_are_on_the_wire(s3: Client, query: str) -> None:
     headers = s3.signed_head("GET", f"/{s3.bucket}", query.rstrip("&"))
     s3.exchange("GET", head_bytes("GET", f"/{s3.bucket}?{query}", headers)).ok()
+
+
+def test_a_query_is_sorted_by_name_even_when_one_name_begins_another(s3: Client) -> None:
+    """`=` is above `-`: by whole parameters, `x-amz-meta-file=1` would come last."""
+    query = "x-amz-meta-file-name=2&x-amz-meta-file=1&a.=4&a=3"
+    assert zs3.canonical_query(query) == "a=3&a.=4&x-amz-meta-file=1&x-amz-meta-file-name=2"
+    credentials = botocore.credentials.Credentials(*ADMIN[1:])
+    url = f"http://{s3.host}/{s3.bucket}/k?x-amz-meta-file=1&x-amz-meta-file-name=2"
+    request = botocore.awsrequest.AWSRequest("PUT", url)
+    botocore.auth.S3SigV4QueryAuth(credentials, "s3", "us-east-1").add_auth(request)
+    s3.unsigned("PUT", request.url.partition(s3.host)[2], body=b"x").ok()
+    headers = s3.head("k").headers
+    assert (headers["x-amz-meta-file"], headers["x-amz-meta-file-name"]) == ("1", "2")
 
 
 def test_a_plus_in_a_query_is_a_space(s3: Client) -> None:
@@ -2457,6 +2487,18 @@ def test_an_etag_condition_may_lack_its_quotes(s3: Client) -> None:
     assert s3.get("k", if_none_match=etag.strip('"')).status == 304
 
 
+def test_a_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asctime() writes it. (RFC 9110, 5.6.7)"""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        for text in ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"):
+            assert zs3.parse_http_date(text) == 784111777
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_condition_on_a_missing_key_is_NoSuchKey(s3: Client) -> None:
     for name in ("if_match", "if_none_match"):
         assert s3.get(MISSING_KEY, **{name: OTHER}).error == "NoSuchKey"
@@ -2614,7 +2656,7 @@ RANGES = [  # of the ten bytes "0123456789": header -> bytes, None for 416, ... 
     b"0123456789"),
     ("bytes=-11", b"0123456789"), ("bytes=9-100", b"9"), ("bytes=0-9223372036854775808",
     b"0123456789"),
-    ("bytes=-9223372036854775808", b"0123456789"),
+    ("bytes=-9223372036854775808", b"0123456789"), ("Bytes=0-1", b"01"), ("BYTES = 8-", b"89"),
     ("bytes=10-", None), ("bytes=10-10", None), ("bytes=100-200", None), ("bytes=-0", None),
     # A Range that is not understood is ignored. (RFC 9110, 14.2; S3 gives no multipart/byteranges.)
     ("bytes=5-2", ...), ("bytes=", ...), ("bytes=-", ...), ("bytes=a-b", ...), ("bytes=0x1-2", ...),
@@ -4956,6 +4998,34 @@ def test_a_file_edited_by_hand_has_a_new_etag_at_once(disk: Client) -> None:
         file.write(b"appended")
     assert disk.get("k").ok().body == b"appended" and disk.head("k").etag not in seen
     assert disk.put("k", b"x", if_match=old).error == "PreconditionFailed"
+
+
+DATES = [  # seconds since the epoch -> in a header, in XML; the years of four digits can be written
+    (784111777, "Sun, 06 Nov 1994 08:49:37 GMT", "1994-11-06T08:49:37.000Z"),
+    (253_402_300_799, "Fri, 31 Dec 9999 23:59:59 GMT", "9999-12-31T23:59:59.000Z"),
+    (253_402_300_800, "Fri, 31 Dec 9999 23:59:59 GMT", "9999-12-31T23:59:59.000Z"),
+    (2**62, "Fri, 31 Dec 9999 23:59:59 GMT", "9999-12-31T23:59:59.000Z"),
+    (-30_610_224_001, "Wed, 01 Jan 1000 00:00:00 GMT", "1000-01-01T00:00:00.000Z"),
+    (-(2**62), "Wed, 01 Jan 1000 00:00:00 GMT", "1000-01-01T00:00:00.000Z"),
+]
+
+
+@pytest.mark.parametrize(("seconds", "header", "xml"), DATES)
+def test_a_date_that_cannot_be_written_is_the_nearest_that_can(
+    seconds: int, header: str, xml: str
+) -> None:
+    assert zs3.http_date(seconds) == header
+    assert zs3.iso_date(seconds) == xml
+
+
+def test_a_file_with_an_impossible_date_can_be_read(disk: Client) -> None:
+    for seconds in (2**38, -(2**37)):  # the years 10680 and -2386
+        (disk.folder / "k").write_bytes(b"x")
+        os.utime(disk.folder / "k", (seconds, seconds))
+        if os.stat(disk.folder / "k").st_mtime != seconds:
+            pytest.skip("this file system has no such dates")
+        assert disk.get("k").ok().body == b"x" and disk.keys() == ["k"]
+        disk.head("k").ok()
 
 
 def test_a_file_removed_or_renamed_by_hand_is_gone_at_once(disk: Client) -> None:

@@ -81,7 +81,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler
@@ -267,10 +267,15 @@ def split_query(raw_query: str) -> list[tuple[str, str]]:
     return [(uri_decode(name), uri_decode(value)) for name, _, value in pieces]
 
 
+def clamp_date(seconds: int) -> int:
+    """The nearest second of the years 1000 to 9999: a file may have any date, a text may not."""
+    return min(max(seconds, -30_610_224_000), 253_402_300_799)
+
+
 @functools.lru_cache(maxsize=4096)
 def http_date(seconds: int) -> str:
     """Seconds since the epoch as in headers: Sun, 06 Nov 1994 08:49:37 GMT (RFC 9110, 5.6.7)."""
-    return formatdate(seconds, usegmt=True)
+    return formatdate(clamp_date(seconds), usegmt=True)
 
 
 def iso_date(seconds: float) -> str:
@@ -282,13 +287,14 @@ def iso_date(seconds: float) -> str:
 @functools.lru_cache(maxsize=4096)
 def iso_second(seconds: int) -> str:
     """The part of iso_date up to the seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(clamp_date(seconds)))
 
 
 def parse_http_date(text: str) -> float | None:
     """Seconds since the epoch; None for what is no date, which RFC 9110 (13.1.3) says to ignore."""
     try:
-        return parsedate_to_datetime(text).timestamp()
+        parsed = parsedate_to_datetime(text)  # without a zone from asctime's form, which is UTC
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
@@ -367,7 +373,8 @@ def parse_xml(document: bytes, root: str) -> Element:
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """Start and length of `bytes=0-99`, `bytes=100-` or `bytes=-100`; InvalidRange past the end.
     None for what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers."""
-    found = re.fullmatch(r"\s*bytes\s*=\s*(\d{0,99})\s*-\s*(\d{0,99})\s*", text, re.ASCII)
+    pattern = r"\s*bytes\s*=\s*(\d{0,99})\s*-\s*(\d{0,99})\s*"
+    found = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
     first, last = found.groups() if found else ("", "")
     if not (first or last) or (first and last and int(last) < int(first)):
         return None
@@ -601,8 +608,10 @@ def canonical_uri(path: str) -> str:
 
 def canonical_query(raw_query: str) -> str:
     """Step 1. Names and values encoded (all but A-Z a-z 0-9 - _ . ~), sorted, without signature."""
-    pairs = (pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature")
-    return "&".join(sorted(f"{quote(name, '')}={quote(value, '')}" for name, value in pairs))
+    sent = [pair for pair in split_query(raw_query) if pair[0] != "X-Amz-Signature"]
+    # As pairs: joined by "=", which is above "-", `a=1` would come after `a-b=2`.
+    pairs = sorted((quote(name, ""), quote(value, "")) for name, value in sent)
+    return "&".join(f"{name}={value}" for name, value in pairs)
 
 
 def canonical_request(
@@ -707,8 +716,11 @@ def check_date(auth: Authorization, now: float) -> None:
 
 
 def check_signed_headers(request: Request, auth: Authorization) -> None:
-    """Host and every x-amz-* header must be signed: what is not could have been added by anyone."""
+    """Host and every x-amz-* header must be signed: what is not could have been added by anyone.
+    None twice: the canonical request, which an error shows, would repeat its value each time."""
     signed = auth.signed_headers.split(";")
+    if len(set(signed)) < len(signed):
+        raise S3Error("AccessDenied", "SignedHeaders names a header twice.")
     unsigned = [name for name in request.headers if name[:6] == "x-amz-" and name not in signed]
     if "host" not in signed or unsigned:
         message = "There were headers present in the request which were not signed"
