@@ -1406,6 +1406,13 @@ def test_headers_that_an_sdk_moves_into_the_query_of_a_presigned_url_count(s3: C
     assert s3.get("l").body == b"x"
 
 
+@pytest.mark.parametrize("name", ["x-amz-meta-foo", "x-amz-tagging", "X-Amz-Meta-Foo"])
+def test_an_empty_header_in_a_presigned_query_is_no_subresource(s3: Client, name: str) -> None:
+    target = presign("PUT", s3.host, f"/{s3.bucket}/k", {name: ""})
+    s3.unsigned("PUT", target, body=b"x").ok()
+    assert s3.head("k").headers.get("x-amz-meta-foo") == ("" if "eta" in name else None)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [
@@ -1588,6 +1595,15 @@ def test_create_bucket_with_a_malformed_configuration_is_MalformedXML(s3: Client
     answer = s3.on_bucket("PUT", body=b"<CreateBucketConfiguration>", bucket=f"{s3.bucket}-x")
     assert answer.error == "MalformedXML"
     assert s3.on_bucket("HEAD", bucket=f"{s3.bucket}-x").status == 404
+
+
+def test_create_bucket_checks_a_declared_checksum(s3: Client) -> None:
+    body = b"<CreateBucketConfiguration/>"
+    for data, code in ((b"other", "BadDigest"), (body, "")):
+        headers = {"x-amz-checksum-crc32": checksum("CRC32", data)}
+        answer = s3.on_bucket("PUT", "", body, headers, bucket=f"{s3.bucket}-b")
+        assert answer.error == code if code else answer.ok()
+        assert s3.on_bucket("HEAD", bucket=f"{s3.bucket}-b").status == (404 if code else 200)
 
 
 def test_head_bucket(s3: Client) -> None:
@@ -1935,6 +1951,7 @@ def test_only_the_standard_storage_class_exists(s3: Client, storage: str) -> Non
 
 
 REFUSED_HEADERS = {
+    "content-range": "bytes 0-2/10",
     "x-amz-server-side-encryption": "AES256",
     "x-amz-server-side-encryption-customer-algorithm": "AES256",
     "x-amz-server-side-encryption-aws-kms-key-id": "key",
@@ -1958,6 +1975,13 @@ def test_a_header_that_asks_for_what_is_not_there_is_refused(s3: Client, name: s
             "AccessControlListNotSupported",
         )
     assert unchanged(s3, "k", b"old")
+
+
+def test_a_part_with_a_content_range_is_NotImplemented(s3: Client) -> None:
+    number = s3.create_upload("k")
+    answer = s3.put_part("k", number, 1, b"x", content_range="bytes 0-0/2")
+    assert answer.error == "NotImplemented"
+    assert s3.on_key("GET", "k", {"uploadId": number}).ok().texts("Part") == []
 
 
 EVERY_ATTRIBUTE = {"x-amz-object-attributes": "ETag,Checksum,ObjectParts,StorageClass,ObjectSize"}
@@ -2487,6 +2511,15 @@ def test_an_etag_condition_may_lack_its_quotes(s3: Client) -> None:
     assert s3.get("k", if_none_match=etag.strip('"')).status == 304
 
 
+def test_head_304_declares_no_length(s3: Client) -> None:
+    """It would have to be the object's. (RFC 9110, 8.6)"""
+    etag = s3.put("k", b"hello").ok().etag
+    for method in ("HEAD", "GET"):
+        answer = s3.on_key(method, "k", headers={"if-none-match": etag})
+        assert answer.status == 304 and "content-length" not in answer.headers
+    assert s3.head("k").ok().headers["content-length"] == "5"
+
+
 def test_a_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
     """As asctime() writes it. (RFC 9110, 5.6.7)"""
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -2543,6 +2576,29 @@ def test_a_conditional_write(
     else:
         answer.ok()
         assert s3.get("k").body == b"new"
+
+
+@pytest.mark.parametrize("how", ["put", "delete", "copy", "complete"])
+@pytest.mark.parametrize("name", ["if_unmodified_since", "if_modified_since"])
+def test_a_write_with_a_date_condition_is_refused_and_changes_nothing(
+    s3: Client, how: str, name: str
+) -> None:
+    """The write must not happen as if there were no condition. (RFC 9110, 13.1.4)"""
+    s3.put("k", b"old").ok()
+    number = s3.create_upload("k")
+    part = s3.put_part("k", number, 1, b"new").ok()
+    s3.put("source", b"new").ok()
+    date = {name: PAST if name == "if_unmodified_since" else FUTURE}
+    write = {
+        "put": lambda: s3.put("k", b"new", **date),
+        "delete": lambda: s3.delete("k", **date),
+        "copy": lambda: s3.copy("source", "k", **date),
+        "complete": lambda: s3.complete("k", number, [(1, part.etag)], **date),
+    }
+    assert write[how]().error == "NotImplemented"
+    s3.delete("source").ok()
+    assert unchanged(s3, "k", b"old")
+    assert s3.on_bucket("GET", "uploads").ok().texts("Upload/UploadId") == [number]
 
 
 def test_a_failed_condition_of_complete_leaves_the_upload(s3: Client) -> None:
@@ -2764,6 +2820,23 @@ def test_a_copy_onto_itself_must_change_something(s3: Client) -> None:
     s3.copy("k", "k", x_amz_metadata_directive="REPLACE", x_amz_meta_a="2").ok()
     got = s3.get("k").ok()
     assert got.body == DATA and got.headers["x-amz-meta-a"] == "2"
+
+
+def test_a_copy_to_itself_with_a_storage_class_succeeds(s3: Client) -> None:
+    """How clients give an object a new date."""
+    s3.put("k", DATA, x_amz_meta_a="1").ok()
+    s3.copy("k", "k", x_amz_storage_class="STANDARD").ok()
+    got = s3.get("k").ok()
+    assert got.body == DATA and got.headers["x-amz-meta-a"] == "1"
+    assert s3.copy("k", "k", x_amz_storage_class="GLACIER").error == "InvalidStorageClass"
+
+
+def test_a_copy_of_an_object_with_a_range_is_InvalidRequest(s3: Client) -> None:
+    """A range is for UploadPartCopy; all of the object is not what was asked for."""
+    s3.put("source", DATA).ok()
+    answer = s3.copy("source", "k", x_amz_copy_source_range="bytes=0-1")
+    assert answer.error == "InvalidRequest"
+    assert unchanged(s3, "source", DATA)
 
 
 COPY_SOURCES = ["{b}/a%20b", "/{b}/a%20b", "{b}%2Fa%20b", "%2F{b}%2Fa%20b", "{b}/a+b", "/{b}/a+b"]
@@ -3287,6 +3360,18 @@ def test_a_multipart_upload(s3: Client) -> None:
     assert got.headers["content-type"] == "text/x" and got.headers["x-amz-meta-a"] == "1"
     assert s3.list().texts("Contents/ETag") == [multipart_etag(PARTS)]
     assert s3.on_bucket("GET", "uploads").ok().texts("Upload") == []
+
+
+def test_the_location_of_a_completed_upload_is_where_it_was_asked_for(s3: Client) -> None:
+    virtual = Client(s3.ports)
+    virtual.host = f"{s3.bucket}.s3.test"
+    for client, path in ((s3, f"/{s3.bucket}/a%20b/k"), (virtual, "/a%20b/k")):
+        number = client.request("POST", path, "uploads").ok().text("UploadId")
+        part = client.request("PUT", path, f"partNumber=1&uploadId={number}", b"x").ok()
+        document = complete_document([(1, part.etag)])
+        done = client.request("POST", path, f"uploadId={number}", document).ok()
+        assert done.text("Location") == f"http://{client.host}{path}"
+    virtual.close()
 
 
 def test_parts_may_arrive_in_any_order_have_gaps_and_be_left_out(s3: Client) -> None:
@@ -4033,6 +4118,21 @@ def test_anyone_may_read_a_public_bucket_and_nothing_more(s3: Client) -> None:
     copy = {"x-amz-copy-source": "public-bucket/dir/k"}
     assert s3.unsigned("PUT", f"/{s3.bucket}/stolen", copy).error == "AccessDenied"
     public.delete("dir/k").ok()
+    public.close()
+
+
+@pytest.mark.parametrize("query", ["1699999", "v=", "utm&x=1", "x-amz-meta-a=", "a&b&c=&d=1"])
+def test_anyone_may_read_a_public_object_with_an_unknown_parameter(s3: Client, query: str) -> None:
+    """Pages add such to links, against caches and to count visits."""
+    public = Client(s3.ports, "public-bucket")
+    public.put("k", b"for all").ok()
+    assert s3.unsigned("GET", f"/public-bucket/k?{query}").ok().body == b"for all"
+    assert s3.unsigned("HEAD", f"/public-bucket/k?{query}").ok().headers["content-length"] == "7"
+    assert s3.unsigned("PUT", f"/public-bucket/k?{query}").error == "AccessDenied"
+    for name in ("acl", "uploadId=", "torrent", "versions"):
+        answer = s3.unsigned("GET", f"/public-bucket/k?{name}&{query}")
+        assert answer.error in ("NotImplemented", "AccessDenied")
+    public.delete("k").ok()
     public.close()
 
 
@@ -4821,6 +4921,21 @@ def test_a_file_copied_in_is_an_object_at_once(disk: Client) -> None:
     assert disk.get("copy").ok().body == b"copied in"
     disk.delete("new/sub/file.txt").ok()
     assert not (disk.folder / "new/sub/file.txt").exists()
+
+
+def test_a_copy_of_a_file_made_by_hand_has_the_md5_of_its_bytes(disk: Client) -> None:
+    for body in (b"one", b"two", b""):
+        (disk.folder / "file").write_bytes(body)
+        os.utime(disk.folder / "file", (1e9, 1e9))  # equal in size and time
+        etag = disk.copy("file", "copy").ok().text("ETag")
+        assert etag == disk.head("copy").etag == f'"{md5_hex(body)}"'
+        assert disk.get("copy").ok().body == body
+    disk.copy("file", "file", x_amz_metadata_directive="REPLACE").ok()
+    assert disk.head("file").etag == f'"{md5_hex(b"")}"'
+    number = disk.create_upload("parts")
+    part = disk.put_part("parts", number, 1, b"x").ok()
+    whole = disk.complete("parts", number, [(1, part.etag)]).ok().text("ETag")
+    assert disk.copy("parts", "copy").ok().text("ETag") == whole
 
 
 def test_the_sweep_goes_on_after_an_error_of_the_disk(

@@ -1252,8 +1252,8 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
 
 
 def expect_checksums(request: Request) -> None:
-    """Have the body checked against the x-amz-checksum-* header or trailer of a PutObject or
-    UploadPart (a Complete carries the one of the whole object there)."""
+    """Have the body checked against the x-amz-checksum-* header or trailer that is there for it (a
+    Complete carries the one of the whole object there)."""
     values = declared_checksums(request.headers)
     for algorithm, value in values.items():
         size = len(CHECKSUMS[algorithm]().digest())
@@ -2230,10 +2230,8 @@ def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[i
 
 def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
     """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
-    folder = f"{bucket}/{upload_id}/"
-    keys = {info.key for info in store.scan(UPLOADS, folder, "", "")} | {folder + "00000"}
-    for key in sorted(keys, reverse=True):
-        store.delete_object(UPLOADS, key, NO_CONDITION)
+    for info in reversed(list(store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", ""))):
+        store.delete_object(UPLOADS, info.key, NO_CONDITION)
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
@@ -2337,6 +2335,7 @@ STORED_HEADERS = (
 )
 # Request headers that ask for what is not here: the values that ask for nothing, and the error.
 REFUSED_HEADERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "content-range": ((), "NotImplemented"),  # a part of an object cannot be put (RFC 9110, 14.5)
     "x-amz-acl": (("private", "bucket-owner-full-control"), "AccessControlListNotSupported"),
     "x-amz-bucket-object-lock-enabled": (("false",), "NotImplemented"),
     "x-amz-storage-class": (("STANDARD",), "InvalidStorageClass"),
@@ -2367,8 +2366,6 @@ def quoted(etag: str) -> str:
 def refuse_headers(headers: Mapping[str, str]) -> None:
     """An error for a header that asks for what is not done here: silence would pass for consent."""
     for name, value in headers.items():
-        if not name.startswith("x-amz-"):
-            continue
         harmless, code = REFUSED_HEADERS.get(name, ((value,), ""))
         if value not in harmless:
             raise S3Error(code, f"{name}: {value} is not supported here.")
@@ -2392,7 +2389,10 @@ def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_condition(request: Request) -> Condition:
-    """The condition of a write, from its headers."""
+    """The condition of a write, from its headers. NotImplemented for one by date, lest the write be
+    done as if there were none (RFC 9110, 13.1.4)."""
+    if not request.headers.keys().isdisjoint(("if-unmodified-since", "if-modified-since")):
+        raise S3Error("NotImplemented", "A write cannot depend on a date, only on an ETag.")
     return Condition(request.headers.get("if-match"), request.headers.get("if-none-match"))
 
 
@@ -2434,6 +2434,7 @@ def list_buckets(store: Store, request: Request) -> Response:
 def create_bucket(store: Store, request: Request) -> Response:
     """PUT /bucket. Its owner may do so again, as in us-east-1. Any location constraint is taken."""
     refuse_headers(request.headers)
+    expect_checksums(request)
     wanted = request.body.read_all()
     if wanted.strip():
         parse_xml(wanted, "CreateBucketConfiguration")
@@ -2687,7 +2688,8 @@ def head_object(store: Store, request: Request) -> Response:
     """HEAD /bucket/key: the head that GET would have."""
     info = store.stat_object(request.bucket, request.key)
     response, _, length = object_response(request, info)
-    response.headers["Content-Length"] = str(length)
+    if response.status != 304:  # whose length would be the object's (RFC 9110, 8.6)
+        response.headers["Content-Length"] = str(length)
     return response
 
 
@@ -2874,22 +2876,27 @@ def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
         raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
     if directive == "REPLACE":
         return replace(info, headers=stored_headers(request.headers))
-    if copy_source(request) == (request.bucket, request.key):
+    to_itself = copy_source(request) == (request.bucket, request.key)
+    if to_itself and "x-amz-storage-class" not in request.headers:
         raise S3Error("InvalidRequest", "A copy of an object to itself must change its metadata.")
     return info
 
 
 def copy_object(store: Store, request: Request) -> Response:
-    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum it lacks."""
+    """PUT /bucket/key with x-amz-copy-source. Bytes are read only for a checksum it lacks, or where
+    the ETag, ending in -0, is not of them, since somebody copied the file in."""
     refuse_headers(request.headers)
+    if "x-amz-copy-source-range" in request.headers:
+        raise S3Error("InvalidRequest", "Only UploadPartCopy copies a range.")
     algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
     request.body.read_all(0)
     source, content = open_copy_source(store, request)
     with contextlib.closing(content):
         wanted, condition = copied_info(request, source), write_condition(request)
-        if algorithm and algorithm not in source.checksums:
+        lacking = {algorithm} - {"", *source.checksums}
+        if lacking or source.etag.endswith("-0"):
             body = Body(ContentReader(content, 0, source.size), source.size, source.size)
-            body.wanted.add(algorithm)
+            body.wanted |= lacking
             info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
         else:
             info = store.copy_object(wanted, content, request.bucket, request.key, condition)
@@ -3020,10 +3027,9 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
         if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
             raise
         info = already_completed(store, request, listed, error)
-    location = f"http://{request.header('host')}/{request.bucket}/{quote(request.key)}"
     return document(
-        "CompleteMultipartUploadResult", Location=location, Bucket=request.bucket,
-        Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
+        "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}{request.path}",
+        Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
     )
 
 
@@ -3160,7 +3166,8 @@ for _route in ROUTES:
     ROUTES_OF.setdefault(_asked, []).append(_route)
 METHODS = {route.method for route in ROUTES} | {"OPTIONS"}
 
-# Query parameters that say how an operation is done; any other without a value is a sub-resource.
+# Query parameters that say how an operation is done. Any other without a value is a sub-resource of
+# who signed the request, but not of a reader of public objects, to whose links pages add anything.
 PARAMETERS = {f"response-{name}" for name in STORED_HEADERS} | {
     "prefix", "delimiter", "marker", "max-keys", "encoding-type", "start-after", "x-id",
     "continuation-token", "fetch-owner", "key-marker", "upload-id-marker", "max-uploads",
@@ -3178,7 +3185,8 @@ def find_route(request: Request) -> Route:
     resource = OBJECT if request.key else BUCKET if request.bucket else SERVICE
     asked = {
         name for name, value in request.query.items() if name in SUBRESOURCES
-        or not (value or name in PARAMETERS or name.startswith("X-Amz-"))
+        or not (value or request.credential is None or name in PARAMETERS
+                or name.lower().startswith("x-amz-"))
     }
     if request.query.get("versionId", "null") not in ("", "null"):
         raise S3Error("NoSuchVersion")
