@@ -4981,6 +4981,45 @@ def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
     assert (found.etag, found.headers) == (info.etag, {"kind": "text/x"})
 
 
+def test_a_read_beside_a_write_has_its_description_though_a_snapshot_links_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without attributes, the description of what was replaced is gone, but not the file."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("this file system has no attributes")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"old")
+    os.link(folder / "bucket" / "k", folder / "snapshot")
+    opened = zs3.open_file
+
+    def then_replace(path: str) -> int:
+        file = opened(path)
+        monkeypatch.setattr(zs3, "open_file", opened)
+        stored(store, b"newer", kind="text/x")
+        return file
+
+    monkeypatch.setattr(zs3, "open_file", then_replace)
+    info, content = store.open_object("bucket", "k")
+    with contextlib.closing(content):
+        assert b"".join(content.chunks(0, info.size)) == b"newer"
+    assert (info.etag, info.headers) == (md5_hex(b"newer"), {"kind": "text/x"})
+
+
+def test_a_file_in_keys_that_spells_no_key_is_no_object(disk: Client) -> None:
+    keys = disk.folder.parent / ".keys" / disk.bucket
+    disk.put("a//b", b"x").ok()
+    disk.put("k", b"y").ok()
+    for name in ("~FF", ".DS_Store", "+2", "a+61", "%61", "\u00e9", "~C3~28", "x" * 201):
+        (keys / name).write_bytes(b"stray")
+    assert disk.keys() == ["a//b", "k"]
+    assert disk.list(delimiter="/").texts("CommonPrefixes/Prefix") == ["a/"]
+    assert disk.get("a//b").ok().body == b"x"
+
+
 def test_an_upload_whose_description_was_lost_is_no_upload_any_more(disk: Client) -> None:
     """As by a copy of the folder without attributes."""
     upload_id = disk.create_upload("k")

@@ -1473,9 +1473,9 @@ def spell(key: str) -> str:
 
 
 def unspell(path: str) -> str:
-    """The inverse of spell."""
-    text = path.replace("!/", "")
-    return unquote_to_bytes(text.replace("%", "%25").replace("+", "%").replace("~", "%")).decode()
+    """The inverse of spell; of what spell never gave, a text that it spells otherwise."""
+    text = path.replace("!/", "").replace("%", "%25").replace("+", "%").replace("~", "%")
+    return unquote_to_bytes(text).decode(errors="replace")
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
@@ -1783,13 +1783,14 @@ class FileStore:
 
     def _open(self, path: str, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
         """The object at a path. A file that is deleted or replaced while we look may be without its
-        record already: then look again at the path. FileNotFoundError."""
+        record already: then look again at the path. Here the inode tells, which nobody else gets
+        while we hold the file open. FileNotFoundError."""
         for _ in range(RACE_TRIES):
             content = FileContent(find_file(path, open_file))
             try:
                 status = file_status(content.file)
                 info, holds = self._describe(content.file, bucket, key, status)
-                if holds or os.fstat(content.file).st_nlink:
+                if holds or os.path.samestat(file_status(path), status):
                     return info, content
             except BaseException:
                 content.close()
@@ -1826,7 +1827,9 @@ class FileStore:
         start = max(start, prefix)
         folder = f"{self._root}/.keys/{bucket}/"
         spelled = self._walk(folder, "", spell(prefix), spell(start), False, sys.maxsize)
-        special = ((unspell(name), 1, path, "") for name, _, path, _ in spelled)
+        keys = ((unspell(name), name, path) for name, _, path, _ in spelled)
+        # A name that spell never gives, like that of somebody's .DS_Store, is no object's.
+        special = ((key, 1, path, "") for key, name, path in keys if spell(key) == name)
         folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
         literal = self._walk(folder, "", prefix, start, grouped, MAX_KEY_BYTES)
         # In this order: a key may move from its spelled path to its literal one, never back.
