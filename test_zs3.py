@@ -5960,6 +5960,51 @@ def test_zs3_alone_in_a_folder_is_the_whole_server(tmp_path: Path) -> None:
         s3.close()
 
 
+# How the server is started: what of, with which flags, where zs3.py is, and a link to it.
+STARTS = {
+    "another name": ("server.py", [], "server.py", ""),
+    "no ending": ("zs3", [], "zs3", ""),
+    "a link": ("bin/s3d", [], "lib/zs3.py", "bin/s3d"),
+    "-m": ("zs3", ["-m"], "zs3.py", ""),
+    "-m and others": ("zs3", ["-X", "dev", "-B", "-m"], "zs3.py", ""),
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_the_server_starts_under_any_name_as_a_link_and_with_dash_m(
+    tmp_path: Path, how: str
+) -> None:
+    name, flags, place, link = STARTS[how]
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    shutil.copy(HERE / "zs3.py", tmp_path / place)
+    if link:
+        (tmp_path / link).parent.mkdir()
+        (tmp_path / link).symlink_to(tmp_path / place)
+    script = Path(name) if "-m" in flags else tmp_path / name
+    data = tmp_path / "data"
+    with Server(ACL, "--bucket=bucket", data=data, script=script, flags=flags) as server:
+        s3 = server.client("bucket")
+        s3.put("k", b"x").ok()
+        s3.close()
+    # zs3_dist is the one beside the file, and the module that it imports is this one.
+    beside = (tmp_path / place).parent / "zs3_dist.py"
+    beside.write_text("import zs3\nraise ImportError(zs3.__file__)")
+    command = [sys.executable, *flags, str(script), "--distributed", "--port=0"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1] == f"zs3: {tmp_path / place}"
+
+
+def test_keys_that_are_not_ascii_work_in_the_c_locale(folder: Path) -> None:
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    folder = folder.with_name("donn\u00e9es")
+    with Server(ACL, "--bucket=bucket", data=folder, environment=environment) as server:
+        s3 = server.client("bucket")
+        s3.put("\u00e9/\u65e5", b"x").ok()
+        assert s3.keys() == ["\u00e9/\u65e5"]
+        s3.close()
+    assert (folder / "bucket/\u00e9/\u65e5").read_bytes() == b"x"
+
+
 def test_modules_in_the_working_directory_are_not_imported(tmp_path: Path) -> None:
     for name in ("json", "secrets", "calendar", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(

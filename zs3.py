@@ -4150,11 +4150,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Start over as the module zs3: the interpreter keeps a script's syntax tree, 9 MB of this one,
-    # for as long as it runs, but not a module's; and zs3_dist shall import this, not a second copy.
+    # Start over as the module zs3, whatever this file is called: the interpreter keeps a script's
+    # syntax tree, 9 MB of this one, for as long as it runs, but not a module's; and zs3_dist shall
+    # import this, not a second copy. UTF-8 whatever the locale, since names of files are keys.
     # _exit, since what was to be waited for has been: not for threads that still ask a dead peer.
-    folder = os.path.dirname(os.path.abspath(__file__))
-    paths = f"[{folder!r}, *filter(None, sys.path)]"  # not the working directory
-    start = f"import os, sys; sys.path = {paths}; import zs3; os._exit(zs3.main())"
-    flags = sys.orig_argv[1 : -len(sys.argv)]
-    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+    start = (
+        "import os, sys; file = sys.argv.pop(1); "
+        "sys.path = [os.path.dirname(file), *filter(None, sys.path)]; "  # not the working directory
+        "from importlib import machinery, util; "
+        "spec = util.spec_from_loader('zs3', machinery.SourceFileLoader('zs3', file)); "
+        "zs3 = sys.modules['zs3'] = util.module_from_spec(spec); "
+        "spec.loader.exec_module(zs3); os._exit(zs3.main())"
+    )
+    flags = [flag for flag in sys.orig_argv[1 : -len(sys.argv)] if flag != "-m"]
+    file = os.path.realpath(__file__)
+    command = [sys.executable, *flags, "-X", "utf8", "-c", start, file, *sys.argv[1:]]
+    os.execv(sys.executable, command)
