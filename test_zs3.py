@@ -5529,6 +5529,23 @@ def test_workers_share_one_socket(folder: Path) -> None:
         Connection(server.port)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is told of that")
+def test_workers_end_with_their_parent(folder: Path) -> None:
+    with Server(ACL, "--workers=3", data=folder) as server:
+        parent = server.process.pid
+        workers = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        try:
+            os.kill(parent, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while reachable("127.0.0.1", server.port):
+                assert time.monotonic() < deadline, "a worker goes on"
+                time.sleep(0.01)
+        finally:
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(worker), signal.SIGKILL)
+
+
 def check_sharing(s3: Client) -> None:
     """Several processes over one folder: each sees what the others did, and decisions are made
     once."""
@@ -5801,6 +5818,11 @@ def test_the_banner(folder: Path) -> None:
         assert ADMIN[2] not in banner
 
 
+def test_the_banner_says_whose_secret_is_the_default_one(folder: Path) -> None:
+    with Server(data=folder, environment={"MINIO_ROOT_USER": "app"}) as server:
+        assert server.wait_for_line("access key app, secret minioadmin")
+
+
 def test_check_asks_a_running_server(folder: Path) -> None:
     with Server(ACL, data=folder) as server:
         assert run_zs3("--check", f"--port={server.port}").returncode == 0
@@ -5824,6 +5846,13 @@ def test_check_asks_a_running_server(folder: Path) -> None:
         thread.join(10)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_check_finds_a_server_on_all_ipv6_addresses(folder: Path) -> None:
+    with Server(ACL, "--host=::", data=folder) as server:  # which is asked at 127.0.0.1
+        assert reachable("::1", server.port)
+        assert run_zs3("--check", "--host=::", f"--port={server.port}").returncode == 0
+
+
 def test_a_port_in_use_is_said_plainly(folder: Path) -> None:
     with Server(ACL, data=folder) as server:
         answer = run_zs3(ACL, f"--port={server.port}", f"--data-dir={folder}")
@@ -5845,6 +5874,34 @@ def test_a_bucket_of_the_command_line_is_there_when_the_server_is_healthy(folder
             assert answer.error == "SlowDown"
         s3.put("k", b"x").ok()
         s3.close()
+
+
+def test_a_bucket_that_cannot_be_made_is_tried_until_it_can(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = zs3.Service(zs3.FileStore(str(folder)), zs3.Settings(credentials={}))
+    refusals: list[Exception] = [S3Error("SlowDown"), OSError(errno.EMFILE, "too many files")]
+    make, ready = service.store.create_bucket, []
+    (folder / "one-bucket").write_bytes(b"a file in its place")
+
+    def create(bucket: str) -> bool:
+        if refusals:
+            raise refusals.pop()
+        return make(bucket)
+
+    def sleep(_: float) -> None:
+        ready.append(service.ready)
+        if len(ready) == 3:
+            (folder / "one-bucket").unlink()
+
+    monkeypatch.setattr(service.store, "create_bucket", create)
+    monkeypatch.setattr(zs3, "time", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(zs3, "sweep_uploads", lambda *_: None)
+    zs3.prepare(zs3.parse_arguments(["--bucket=one-bucket,two-bucket"]), service)
+    assert service.ready and ready == [False] * 3
+    assert {"one-bucket", "two-bucket"} <= set(os.listdir(folder))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "too many files" in told[0] and "NoSuchBucket" in told[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3839,9 +3839,10 @@ def parse_names(text: str) -> list[str]:
 
 def parse_buckets(text: str) -> list[str]:
     """Bucket names separated by commas."""
-    if wrong := [name for name in parse_names(text) if not is_bucket_name(name)]:
+    names = parse_names(text)
+    if wrong := [name for name in names if not is_bucket_name(name)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no bucket name")
-    return parse_names(text)
+    return names
 
 
 def parse_acl(text: str) -> list[Credential]:
@@ -3977,9 +3978,9 @@ def choose_credentials(args: argparse.Namespace) -> Credentials:
     return {each.access: each for each in args.acl or [Credential("admin", access, secret)]}
 
 
-def well_known(credentials: Credentials) -> bool:
-    """Whether anyone could know a secret, since it is the default one."""
-    return any(each.secret == DEFAULT_SECRET for each in credentials.values())
+def well_known(credentials: Credentials) -> list[str]:
+    """The access keys whose secret anyone could know, since it is the default one."""
+    return [each.access for each in credentials.values() if each.secret == DEFAULT_SECRET]
 
 
 def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
@@ -3995,7 +3996,7 @@ def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
 
 def check_health(args: argparse.Namespace) -> int:
     """--check: 0 if a server answers at --host and --port, else 1."""
-    host = args.host if args.host not in ("", "0.0.0.0", "::") else "127.0.0.1"
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
     with contextlib.closing(http.client.HTTPConnection(host, args.port, timeout=5)) as connection:
         try:
             connection.request("GET", "/_zs3/health")
@@ -4009,8 +4010,8 @@ def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
     """What a newcomer needs to know, on standard error."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
-    if well_known(credentials):
-        lines.append("access key minioadmin, secret minioadmin; set others by --acl")
+    if known := ", ".join(well_known(credentials)):
+        lines.append(f"access key {known}, secret {DEFAULT_SECRET}; set others by --acl")
         if not args.host.startswith("127.") and args.host != "::1":
             lines.append("WARNING: whoever reaches this port can use these well-known keys")
     else:
@@ -4052,6 +4053,7 @@ def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.s
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # the signal that a process gets when its parent has ended; linux/prctl.h
 
 
 def handle_signals(stop: Callable[[], None]) -> None:
@@ -4069,11 +4071,11 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
             try:
                 service.store.create_bucket(bucket)
                 break
-            except S3Error as error:
-                if error.code != "SlowDown":
-                    LOG.error("cannot make the bucket %s: %s", bucket, error)
-                    break
-                time.sleep(0.5)
+            except (S3Error, OSError) as error:
+                slow = isinstance(error, S3Error) and error.code == "SlowDown"
+                if not slow:
+                    LOG.error("cannot make the bucket %s yet: %s", bucket, error)
+                time.sleep(0.5 if slow else 5.0)
     service.ready = True
     sweep_uploads(service.store, args.upload_expiry)
 
@@ -4082,9 +4084,9 @@ def serve_workers(
     args: argparse.Namespace, credentials: Credentials, listener: socket.socket
 ) -> int:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
-    replaced; SIGTERM and SIGINT end all."""
+    replaced; SIGTERM and SIGINT end all, and on Linux so does kill -9 of their parent."""
     workers: set[int] = set()
-    stopping = False
+    parent, stopping = os.getpid(), False
 
     def stop() -> None:
         nonlocal stopping
@@ -4098,7 +4100,11 @@ def serve_workers(
         while not stopping and len(workers) < args.workers:
             pid = os.fork()
             if pid == 0:
-                os._exit(serve(args, credentials, listener))
+                with contextlib.suppress(AttributeError):  # there is no such call elsewhere
+                    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() == parent:  # else it has ended already
+                    serve(args, credentials, listener)
+                os._exit(0)
             workers.add(pid)
         handle_signals(stop)
         pid, status = os.wait()
@@ -4129,9 +4135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # every address, those of IPv4 too
     try:
         what = f"listen on {host}:{args.port}"
-        listener = socket.create_server((host, args.port), family=family, backlog=1024)
+        listener = socket.create_server(
+            (host, args.port), family=family, backlog=1024, dualstack_ipv6=both
+        )
         what = f"use the folder {args.data_dir}"
         os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
     except OSError as error:
