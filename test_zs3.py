@@ -2579,16 +2579,15 @@ def test_a_conditional_write(
 
 
 @pytest.mark.parametrize("how", ["put", "delete", "copy", "complete"])
-@pytest.mark.parametrize("name", ["if_unmodified_since", "if_modified_since"])
 def test_a_write_with_a_date_condition_is_refused_and_changes_nothing(
-    s3: Client, how: str, name: str
+    s3: Client, how: str
 ) -> None:
     """The write must not happen as if there were no condition. (RFC 9110, 13.1.4)"""
     s3.put("k", b"old").ok()
     number = s3.create_upload("k")
     part = s3.put_part("k", number, 1, b"new").ok()
     s3.put("source", b"new").ok()
-    date = {name: PAST if name == "if_unmodified_since" else FUTURE}
+    date = {"if_unmodified_since": PAST}
     write = {
         "put": lambda: s3.put("k", b"new", **date),
         "delete": lambda: s3.delete("k", **date),
