@@ -6686,6 +6686,78 @@ def test_a_read_at_an_owner_that_missed_a_change_finds_the_new_value() -> None:
     assert get(nodes[2]) == ""
 
 
+@pytest.mark.parametrize("what", ["put", "copy", "complete"])
+def test_a_put_through_a_node_that_was_forgotten_meanwhile_is_not_acknowledged(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked it then which blocks it needs, and they may be gone."""
+    net, (one, other, third) = owners(3)
+    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    part, info = part_of_an_upload(store)
+    value = {**value_of(OLD), "blocks": [[5000, "0" * 64]]}
+    del value["inline"]
+    one.run(one.rounds.change(zs3.UPLOADS, part.key, lambda current: value))
+    part, content = store.open_object(zs3.UPLOADS, part.key)
+    pin = one.node.pins.add
+
+    def forgotten(blocks: Any) -> None:
+        pin(blocks)
+        if one.known_view().epoch == 1:
+            net.down = {one.own.node}
+            housekeeping(other)[1].forget(one.own.node)
+            background([other, third, other])
+            assert not other.known_view().previous
+            come_back(net, one)
+
+    monkeypatch.setattr(one.node.pins, "add", forgotten)
+    monkeypatch.setattr(one, "fetch", lambda block: b"")
+    monkeypatch.setattr(one, "store", lambda block, data: None)
+    body, always = zs3.Body(io.BytesIO(b"x" * 5000), 5000), zs3.NO_CONDITION
+    with raises("SlowDown"):
+        if what == "put":
+            store.put_object("bucket", "k", body, {}, always)
+        elif what == "copy":
+            store.copy_object(info, content, "bucket", "k", always)
+        else:
+            store.concatenate("bucket", "k", [part], info, always)
+    assert one.joined.is_set() and get(other) == ""
+    store.copy_object(info, content, "bucket", "k", always)
+    assert get(other) == info.etag
+
+
+def accepted_by(net: Net, at: SimCluster, only: SimCluster, value: Value) -> None:
+    """A change of k begun at `at`, which dies when only one owner has accepted it."""
+    steps = at.rounds.change("bucket", "k", lambda current: value)
+    accept = steps.send(reaching(net, at, next(steps), *net.clusters.values()))
+    assert reaching(net, at, accept, only)[only.own.node] == {"done": True}
+
+
+def test_a_bucket_is_not_empty_while_a_deletion_in_it_is_undecided() -> None:
+    net, (one, other, third) = owners(3)
+    put(one, OLD)
+    accepted_by(net, one, third, zs3_dist.tombstone())
+    net.down = {one.own.node}
+    store = DistributedStore(other, None)  # type: ignore[arg-type]
+    store.delete_bucket("bucket")  # decides it first
+    store.create_bucket("bucket")
+    net.down = {third.own.node}
+    assert get(other) == get(one) == ""
+
+
+def test_nothing_is_taken_over_into_a_bucket_that_is_gone() -> None:
+    net, (one, other, third) = owners(3)
+    accepted_by(net, one, third, value_of(OLD))
+    store = DistributedStore(other, None)  # type: ignore[arg-type]
+    without(net, third, lambda: store.delete_bucket("bucket"))
+    for node in (one, other, third):
+        housekeeping(node, math.inf)[0].pull()
+        assert node.node.registers.live_keys("bucket") == []
+    with raises("NoSuchBucket"):
+        store.stat_object("bucket", "k")
+    with raises("NoSuchBucket"):
+        list(store.scan("bucket", "", "", ""))
+
+
 def without(net: Net, node: SimCluster, change: Callable[[], Any]) -> None:
     """A change that does not reach `node`."""
     net.down.add(node.own.node)
@@ -7527,7 +7599,7 @@ def test_a_write_of_unknown_outcome_keeps_its_blocks_for_a_while_without_a_threa
 ) -> None:
     threads, pins = threading.active_count(), lonely.node.pins
     with raises("SlowDown"), lonely.store._pinned() as pin:
-        pin(["0" * 64])
+        pin.blocks(["0" * 64])
         raise S3Error("SlowDown")
     assert pins.list() == ["0" * 64] and threading.active_count() == threads
     monkeypatch.setattr(time, "monotonic", lambda clock=time.monotonic: clock() + 31)

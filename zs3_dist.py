@@ -1485,6 +1485,11 @@ class Registers:
         count = max(1, bisect.bisect(sizes, PAGE_BYTES))
         return list(map(json.loads, rows[:count]))
 
+    def member_since(self, epoch: int) -> bool:
+        """Was this node a member in every view from that of `epoch` to the present one?"""
+        views = self._all("SELECT view FROM views WHERE epoch >= ?", epoch)
+        return all(node_hex(self.own) in dict(json.loads(view)["members"]) for (view,) in views)
+
     def set_synced(self, epoch: int) -> None:
         """All that previous owners knew before `epoch` has been pulled, and nothing is in doubt."""
         with self.lock, self._transaction():
@@ -1607,7 +1612,8 @@ class Registers:
     ) -> bool:
         """Another owner accepted this: do so too, as if its accept message had come here late.
         False when only a round of the register can tell: something higher was promised and this is
-        not known to be chosen, or a tombstone may have followed it that was dropped."""
+        not known to be chosen, or a tombstone may have followed it that was dropped, or its bucket
+        is gone."""
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
@@ -1621,6 +1627,9 @@ class Registers:
             return True
         if not slot.accepted and accepted <= self.floor(bucket):
             return live(value) is None  # a tombstone that was dropped here, or what it had replaced
+        basis = self.basis(bucket, key)
+        if live(value) and basis and basis[0] and not live(basis[2]):
+            return False
         if accepted < slot.promised and not chosen:
             return False
         promised = max(accepted, slot.promised)
@@ -2038,8 +2047,9 @@ class Change:
                 return self._answer(top.value, error)
             # What we saw or tried may be with a minority: settle it before anybody is told of it.
             value = top.value or tombstone()
-            if self.rewrites and self.bucket_value is None:
-                value, error = tombstone(), None  # nothing can be in a bucket that is gone
+            if self.bucket_value is None and error:  # nothing can be in a bucket that is gone
+                value = {**tombstone(), "base": top.accepted}
+                error = None if self.rewrites else error
             if live(value) and bucket_state(("", True, self.bucket_value)) == "deleting":
                 # Its owners take no object. Whoever marked it may have died: take the mark back.
                 yield Pause(CLOSING_SECONDS)
@@ -2715,9 +2725,9 @@ def common_end(pages: Iterable[Message]) -> str | None:
 
 
 def doubtful(groups: Groups, pages: Mapping[int, Message]) -> list[str]:
-    """Keys of which these pages, a read quorum, do not settle what is chosen (`weigh`). The highest
-    accepted may be one owner's alone: a change that lost its race, and was answered that it did not
-    happen."""
+    """Keys of which these pages, a read quorum or more, do not settle what is chosen (`weigh`). The
+    highest accepted may be one owner's alone: a change that lost its race, and was answered that it
+    did not happen."""
     limit = common_end(pages.values())
     told: dict[str, dict[int, tuple[str, bool, None]]] = {}
     agreed: set[tuple[str, str]] = set()
@@ -2768,7 +2778,13 @@ def merge_pages(
 
 
 COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
-Pin = Callable[[Collection[str]], None]  # keeps blocks until the operation ends
+
+
+class Pin(NamedTuple):
+    """Keeps blocks, by `blocks(hashes)`, until an operation ends that began in the view `epoch`."""
+
+    epoch: int
+    blocks: Callable[[Collection[str]], None]
 
 
 class DistributedStore:
@@ -2893,7 +2909,7 @@ class DistributedStore:
             stored = self._store_body(body, pin)
             kind = "FULL_OBJECT" if body.checksums else ""
             info = ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
-            return self._commit(bucket, key, info, stored, condition)
+            return self._commit(bucket, key, info, stored, condition, pin)
 
     def _check(self, bucket: str, key: str, condition: Condition) -> None:
         """NoSuchBucket, or what the condition raises now: who lost a race learns it so, without
@@ -2911,7 +2927,8 @@ class DistributedStore:
 
     @contextlib.contextmanager
     def _pinned(self) -> Iterator[Pin]:
-        """A function that pins blocks until the end of the `with`."""
+        """What pins blocks until the end of the `with`."""
+        epoch = self.cluster.view().epoch
         pinned: list[str] = []
 
         def pin(blocks: Collection[str]) -> None:
@@ -2919,7 +2936,7 @@ class DistributedStore:
             pinned.extend(blocks)
 
         try:
-            yield pin
+            yield Pin(epoch, pin)
         except S3Error as error:
             if error.status == 503 and pinned:
                 # It may have happened all the same, by a message that is still on its way.
@@ -2942,7 +2959,7 @@ class DistributedStore:
                 if len(hashes) >= MAX_OBJECT_BLOCKS:
                     raise S3Error("EntityTooLarge")
                 hashes.append(block_hash(data))
-                pin(hashes[-1:])
+                pin.blocks(hashes[-1:])
                 if len(under_way) >= STORE_BEHIND:
                     under_way.popleft().result()
                 under_way.append(pool.submit(self.cluster.store, hashes[-1], data))
@@ -2952,9 +2969,10 @@ class DistributedStore:
 
     def _commit(
         self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition,
-        proviso: Proviso | None = None,
+        pin: Pin, proviso: Proviso | None = None,
     ) -> ObjectInfo:
-        """Make the record of bytes that are stored the key's."""
+        """Make the record of bytes that are stored the key's. While this node was no member, nobody
+        asked for its pins: then some of the bytes may be gone."""
         record = {**info.record(), "modified": time.time()}
         parts = record.pop("parts", None)
         value = {"id": secrets.token_hex(8), "info": record, **stored}
@@ -2963,6 +2981,8 @@ class DistributedStore:
 
         def decide(current: Value | None) -> Value | None:
             condition.check(info_of(key, current) if current else None)
+            if not self.node.registers.member_since(pin.epoch):
+                raise S3Error("SlowDown", "This node was forgotten meanwhile. Send it again.")
             return value
 
         def change() -> Value:
@@ -2986,9 +3006,9 @@ class DistributedStore:
         fields = ("blocks", "inline")
         stored: Value = {name: content.value[name] for name in fields if name in content.value}
         with self._pinned() as pin:
-            pin(blocks_of(content.value))
+            pin.blocks(blocks_of(content.value))
             self._keep(blocks_of(content.value))
-            return self._commit(bucket, key, info, stored, condition)
+            return self._commit(bucket, key, info, stored, condition, pin)
 
     def _keep(self, blocks: Sequence[str]) -> None:
         """Have pinned blocks where they should be, even if their last record went meanwhile."""
@@ -3024,18 +3044,17 @@ class DistributedStore:
                 "bucket": bucket, "prefix": prefix, "start": position, "delimiter": delimiter,
                 "whole": whole, "mark": marked["id"] if marked else "",
             }
-            if marked:  # whatever any of them has accepted
-                steps = self.rounds.gather("page", bucket, fields, "entries", change_quorum)
-                pages = list(self._run(steps)[1].values())
-            else:
-                pages = self._settled_pages(bucket, fields)
+            quorum = change_quorum if marked else read_quorum
+            pages = self._settled_pages(bucket, fields, quorum)
             found, position = merge_pages(pages, prefix, delimiter)
             yield from found
 
-    def _settled_pages(self, bucket: str, fields: Message) -> list[Message]:
-        """Pages of a read quorum, and one that overrules them: what they leave in doubt, read."""
+    def _settled_pages(
+        self, bucket: str, fields: Message, quorum: Callable[[int], int]
+    ) -> list[Message]:
+        """Pages of a quorum, and one that overrules them: what they leave in doubt, read."""
         steps = self.rounds.gather(
-            "page", bucket, fields, "entries", read_quorum, lambda *said: not doubtful(*said)
+            "page", bucket, fields, "entries", quorum, lambda *said: not doubtful(*said)
         )
         view, answers = self._run(steps)
         read: list[list[Any]] = []
@@ -3059,7 +3078,7 @@ class DistributedStore:
 
         with self._pinned() as pin:
             stored = self._join(parts, pin)
-            return self._commit(bucket, key, info, stored, condition, proviso)
+            return self._commit(bucket, key, info, stored, condition, pin, proviso)
 
     def _join(self, parts: Sequence[ObjectInfo], pin: Pin) -> Value:
         """The fields of a value that say where the parts' bytes are."""
@@ -3078,14 +3097,14 @@ class DistributedStore:
             if value.get("inline"):
                 data = inline_bytes(value)
                 block = block_hash(data)
-                pin([block])
+                pin.blocks([block])
                 self.cluster.store(block, data)
                 segments.append([len(data), block])
             segments += value.get("blocks", [])
         hashes = blocks_of({"blocks": segments})
         if len(hashes) > MAX_OBJECT_BLOCKS:
             raise S3Error("EntityTooLarge")
-        pin(hashes)
+        pin.blocks(hashes)
         self._keep(hashes)
         return {"blocks": segments} if segments else {"inline": ""}
 
