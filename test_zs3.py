@@ -6997,14 +6997,54 @@ def test_what_a_new_owner_pulled_is_no_vote() -> None:
     assert get(new[0]) == seen
 
 
+def joining(net: Net, at: SimCluster) -> SimCluster:
+    """A node that a joint view was decided for, and that has copied nothing yet."""
+    new = net.clusters[net.add().own.node]
+    views = at.node.registers.views_after(0)
+    new.node.registers.install([View.from_json(view) for view in views])
+    housekeeping(new)[1]._enter()
+    return new
+
+
+def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:
+    net, nodes = owners(3)
+    new = joining(net, nodes[0])
+    background(nodes * 2)
+    assert nodes[0].known_view().previous
+    net.down = {nodes[2].own.node}  # who owned all before may be late
+    background([new, *nodes[:2]])
+    assert not nodes[0].known_view().previous
+
+
+def test_a_joint_view_does_not_end_while_one_lacks_what_a_member_that_left_had_owned() -> None:
+    net = Net(1, 5)
+    gone, late, *nodes = net.clusters.values()
+    net.down = {late.own.node}
+    housekeeping(nodes[0])[1].forget(gone.own.node)
+    background(nodes * 2)
+    assert nodes[0].known_view().previous
+    net.down = {gone.own.node}
+    background([late, *nodes])
+    assert not nodes[0].known_view().previous
+
+
+def test_a_joint_view_ends_when_the_node_that_joined_died_and_is_forgotten() -> None:
+    net, nodes = owners(3)
+    new = joining(net, nodes[0])
+    put(nodes[0], OLD)
+    net.down = {new.own.node}
+    background(nodes * 2)
+    assert nodes[0].known_view().previous and get(nodes[1]) == OLD
+    housekeeping(nodes[0])[1].forget(new.own.node)
+    background(nodes * 2)
+    assert not nodes[0].known_view().previous and get(nodes[1]) == OLD
+
+
 def test_a_view_of_two_ends_only_when_both_are_reached_or_one_is_ordered_to_be_forgotten() -> None:
     """Either of two may answer reads alone, so it must know when the view is over."""
     net, (one, other) = owners(2)
     put(one, OLD)
-    new = net.clusters[net.add().own.node]
-    views = map(View.from_json, one.node.registers.views_after(0))
-    new.node.registers.install(list(views))
-    housekeeping(new)[1]._enter()
+    new = joining(net, one)
     net.down = {other.own.node}
     for _ in range(3):
         background([one, new])

@@ -1153,7 +1153,8 @@ class Pins:
 # an accept message (not below the promise), of which it is a duplicate; or it is known to be
 # chosen. A new owner never made the promises that the previous owners did, so what it pulled is no
 # vote: until it has seen it at a change quorum of them, or a round of the joint view has decided
-# (`doubts`), it does not say that it has all.
+# (`doubts`), it does not say that it has all. In f it votes, so it must have said so: the few
+# that may be late are only such as own in f nothing that they did not own before (`settle`).
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
@@ -3698,8 +3699,12 @@ class Membership:
             return
         asked = [c for c in view.members if not self.cluster.peers.skipped(c.node)]
         answers = self.cluster.call_all("hello", {"epoch": view.epoch}, asked)
-        synced = sum(answer["synced"] >= view.epoch for answer in answers.values())
-        if len(view.members) - synced < read_quorum(min(view.replicas, len(view.members))):
+        synced = {node for node, answer in answers.items() if answer["synced"] >= view.epoch}
+        before, now = ({c.node for c in group} for group in (view.previous, view.members))
+        # Where one left, others may own what they did not, unless each owned everything.
+        may_be_late = before if before <= now or len(before) <= view.replicas else set()
+        late, least = now - synced, read_quorum(min(view.replicas, len(now)))
+        if late <= may_be_late and len(late) < least:
             stable = replace(view, epoch=view.epoch + 1, previous=())
             self.propose(lambda now: stable if now.epoch == view.epoch else None)
 
