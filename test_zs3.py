@@ -6526,7 +6526,7 @@ def test_a_register_is_linearizable_while_nodes_die_and_return(size: int) -> Non
 def housekeeping(
     cluster: SimCluster, tombstone_grace: float = 0.0
 ) -> tuple[Housekeeping, Membership]:
-    store = DistributedStore(cluster, None)  # type: ignore[arg-type]
+    store = DistributedStore(cluster, zs3_dist.Seal(cluster.own, "secret"))
     return Housekeeping(store, 0.0, tombstone_grace), Membership(store, [], 3)
 
 
@@ -7058,6 +7058,30 @@ def test_a_view_of_two_ends_only_when_both_are_reached_or_one_is_ordered_to_be_f
     assert get(one) == get(new) == NEW
 
 
+def test_two_clusters_of_one_secret_that_meet_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other, fresh = (cluster for seed in range(3) for cluster in Net(seed, 1).clusters.values())
+    other.node.registers.install([View("1" * 16, 7, 5, (other.own,))])
+    fresh.node.registers.install([View("2" * 16, 1, 3, (fresh.own,))])
+    members = [zs3_dist.Membership(housekeeping(c)[0].store, ["b:1"], 3) for c in (one, fresh)]
+    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+    for cluster in (one, other):
+        cluster.run(cluster.rounds.change("bucket", "", lambda current: record))
+    for cluster in (one, fresh):
+        monkeypatch.setattr(cluster, "call", other.node.answer)
+    for _ in range(2):
+        members[0].join()
+    assert one.known_view().cluster == "0" * 16
+    assert [line.message for line in caplog.records if line.levelname == "ERROR"] == [
+        "the node at b:1 is of another cluster with our secret: both are in use"
+    ]
+    with pytest.raises(KeyError):  # who gives itself up asks a member, which this network has not
+        members[1].join()
+    assert fresh.known_view().cluster == "1" * 16
+    assert "--replicas=5, as it was founded: our 3 counts for nothing" in caplog.text
+
+
 def test_a_long_history_of_views_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     _, (one, other) = owners(2)
     for number in range(5):
@@ -7525,6 +7549,7 @@ class Lonely:
         self.peers = zs3_dist.Peers(zs3_dist.Seal(self.own, "secret"))
         self.cluster = Cluster(self.node, self.peers)
         self.cluster.joined.set()
+        self.cluster.started = -math.inf  # long ago
         self.store = DistributedStore(self.cluster, self.peers.seal)
         self.peer = zs3_dist.Seal(Contact(7, "127.0.0.1:7"), "secret")
 
@@ -8289,6 +8314,43 @@ def test_a_node_that_lost_its_disk_is_a_new_member(tmp_path: Path) -> None:
     nodes[1].kill()
     assert nodes[0].ask("GET", "/bucket/key") == (200, BIG)
     assert nodes[2].ask("PUT", "/bucket/key2", BIG)[0] == 200
+
+
+def test_the_founder_that_lost_its_disk_comes_back_by_the_command_that_founded(
+    tmp_path: Path,
+) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    assert nodes[1].ask("PUT", "/bucket")[0] == 200
+    assert nodes[1].ask("PUT", "/bucket/k", b"there")[0] == 200
+    old = nodes[0].ping()["node"]
+    nodes[0].kill()
+    shutil.rmtree(nodes[0].data)
+    nodes[0].start()
+    nodes[0].wait(lambda ping: ping["joined"])
+    assert nodes[0].ask("PUT", "/bucket")[0] == 200  # though it just founded another cluster
+    assert nodes[0].ask("GET", "/bucket/k") == (200, b"there")
+    nodes[0].members(3)
+    assert nodes[0].ping()["node"] != old
+
+
+def test_the_copy_of_a_disk_does_not_become_a_second_node_of_one_identity(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 3)
+    nodes[2].kill()
+    shutil.copytree(nodes[2].data, tmp_path / "copy")
+    nodes[2].start()
+    nodes[2].members(3)
+    epoch = nodes[0].ping()["epoch"]
+    copy = Process(tmp_path / "copy", bootstrap=nodes[0])
+    copy.logs("has our id: a disk was copied")
+    time.sleep(2)
+    assert not copy.ping()["joined"] and nodes[0].ping()["epoch"] == epoch
+    nodes[2].members(3)
+    nodes[2].kill()
+    copy.members(3)  # now it is one that has moved
+    nodes[2].start()
+    nodes[2].logs("has our id: a disk was copied")
+    assert not nodes[2].ping()["joined"]
+    copy.members(3)
 
 
 def test_a_member_silent_for_the_grace_is_forgotten_and_comes_back(tmp_path: Path) -> None:

@@ -478,6 +478,7 @@ class Seal:
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
+        self.misled: set[str] = set()  # addresses of peers that look for another node at ours
         self._key = blake3(secret.encode(), derive_key_context="zs3 cluster").digest()
         self._from = " ".join(own.as_json())
 
@@ -502,9 +503,11 @@ class Seal:
         if not hmac.compare_digest(self._mac(request.path, said).encode(), mac.encode("latin-1")):
             raise S3Error("AccessDenied", "This request is not sealed by a node of this cluster.")
         node, address, to, _nonce, payload = said.split(" ")
+        sender = parse_contact(f"{node} {address}")
         if to not in (node_hex(self.own.node), NOBODY):
+            self.misled.add(sender.address)
             raise S3Error("AccessDenied", "This request was meant for another node.")
-        return Sealed(parse_contact(f"{node} {address}"), payload, mac)
+        return Sealed(sender, payload, mac)
 
     def mark(self, data: bytes) -> bytes:
         """32 bytes that only a holder of the cluster key can say of `data`: its keyed BLAKE3."""
@@ -2231,13 +2234,17 @@ class Node:
         with self.registers.lock:
             return self.registers.fence(epoch) or self.handlers[name](**fields)
 
+    def idle(self) -> bool:
+        """Is this a cluster of one node without a bucket, which may give itself up for another?"""
+        view = self.registers.view
+        return view is not None and len(view.members) == 1 and not self.registers.buckets()
+
     def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
-            "contact": self.own.as_json(), "epoch": view.epoch if view else 0,
-            "synced": self.registers.synced,
-            "idle": view is not None and len(view.members) == 1 and not self.registers.buckets(),
+            "contact": self.own.as_json(), "synced": self.registers.synced, "idle": self.idle(),
+            "cluster": view.cluster if view else "", "epoch": view.epoch if view else 0,
             "views": self.registers.views_after(epoch),
         }
 
@@ -2323,6 +2330,7 @@ class Cluster:
         self.own = node.own
         self.rounds = Rounds(self.own.node, self.known_view, time.monotonic, random.Random())
         self.joined = threading.Event()  # set once this node is a member
+        self.started = time.monotonic()
 
     def known_view(self) -> View:
         """The newest view known, whether or not this node is a member. SlowDown if none is."""
@@ -2849,6 +2857,11 @@ class DistributedStore:
         return BucketInfo(bucket, value["bucket"]["created"])
 
     def create_bucket(self, bucket: str) -> bool:
+        """A node that founded its cluster a moment ago waits with its first bucket for those that
+        it may have to give itself up for (`Membership._found`)."""
+        young = self.cluster.started + 2 * DISCOVERY_SECONDS
+        while self.node.idle() and time.monotonic() < young:
+            time.sleep(0.1)
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
         value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
         return value is not None and value["id"] == ours["id"]
@@ -3522,6 +3535,7 @@ class Membership:
         self.obeyed = False
         self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
+        self.told: set[str] = set()  # addresses of which it was said that they are none of ours
         self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
         self.alone_since = time.monotonic()
 
@@ -3533,6 +3547,8 @@ class Membership:
         member = view.member(self.node.own.node) if view else None
         if member is None:
             self.cluster.joined.clear()  # a peer may have told it
+        elif member != self.node.own and self._is_elsewhere(member.address):
+            return self.cluster.joined.clear()
         if view is not None and not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
         if view is None:
@@ -3549,15 +3565,33 @@ class Membership:
                 self._hello_all(view)
             self._enter()
 
+    def _is_elsewhere(self, address: str) -> bool:
+        """Does a node with our id answer at `address`, where the view has it, and say that it is
+        there? Then the disk was copied, and this node stays out of the cluster: two of one identity
+        would vote twice. Who just moved finds nobody, somebody else, or itself."""
+        answer = self._ask(address, MAX_COUNTER)  # without the views
+        other = contact_field(answer["contact"]) if answer else self.node.own
+        if other.node != self.node.own.node or other == self.node.own:
+            return False
+        self._tell(address, "has our id: a disk was copied. Remove .node_id from one of them")
+        return True
+
+    def _tell(self, address: str, what: str) -> None:
+        """Tell the operator, once, why a node and this one cannot be in one cluster."""
+        if address not in self.told:
+            self.told.add(address)
+            LOG.error("the node at %s %s", address, what)
+
     def _look_around(self, view: View) -> None:
         """Ask at the addresses we were given, too: those in our view may be of long ago."""
         for address in self._addresses():
             answer = self._ask(address, view.epoch)
-            if answer and answer["views"] and answer["views"][0]["cluster"] == view.cluster:
+            if answer and answer["cluster"] == view.cluster:
                 self.cluster.adopt(answer["views"])
 
     def _addresses(self) -> list[str]:
-        return sorted((self.bootstrap | self.discovered) - {self.node.own.address})
+        found = self.bootstrap | self.discovered | self.store.seal.misled
+        return sorted(found - self.told - {self.node.own.address})
 
     def _ask(self, address: str, epoch: int = 0) -> Message | None:
         """hello to an address whose node is not known; the answer, with all views after `epoch`.
@@ -3566,6 +3600,10 @@ class Membership:
         if answer is None:
             return None
         self.cluster.spoke(contact_field(answer["contact"]))
+        view = self.registers.view
+        foreign = view and answer["cluster"] not in ("", view.cluster)
+        if foreign and not answer["idle"] and not self.node.idle():
+            self._tell(address, "is of another cluster with our secret: both are in use")
         views = answer["views"]
         while views and views[-1]["epoch"] < answer["epoch"]:
             after = {"epoch": views[-1]["epoch"]}
@@ -3607,13 +3645,21 @@ class Membership:
         self.waiting = True
 
     def _found(self) -> None:
+        """So does a founder that lost its disk, when it is started by the same command. Then its
+        members ask for the old node at this address, within PULL_SECONDS and the time that they
+        take to connect; it hears of them by that (`Seal.misled`) and gives itself up (`_merge`). It
+        makes no bucket until then, rather than founding so late: what has none can be given up."""
         view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
         self.registers.install([view])
         self.cluster.check_membership()
         LOG.info("founded a cluster as node %s", node_hex(self.node.own.node))
 
     def _install(self, answer: Message) -> None:
-        self.registers.install([View.from_json(raw) for raw in answer["views"]])
+        views = [View.from_json(raw) for raw in answer["views"]]
+        self.registers.install(views)
+        if views[-1].replicas != self.replicas:
+            text = "this cluster has --replicas=%d, as it was founded: our %d counts for nothing"
+            LOG.warning(text, views[-1].replicas, self.replicas)
 
     def _enter(self) -> None:
         """Have a view decided of which this node is a member, at its present address. Who was a
@@ -3632,14 +3678,13 @@ class Membership:
 
     def _merge(self, view: View) -> None:
         """A cluster of one node without a bucket gives itself up for another that it meets."""
-        for address in self._addresses() if not self.registers.buckets() else ():
+        for address in self._addresses():
             answer = self._ask(address)
-            if answer is None or not answer["views"]:
+            if answer is None or answer["cluster"] in ("", view.cluster):
                 continue
-            other = View.from_json(answer["views"][-1])
-            gives_up = not answer["idle"] or other.members[0].node < self.node.own.node
+            first = contact_field(answer["contact"]).node < self.node.own.node
             with self.registers.lock:  # a bucket may just have been made
-                if other.cluster == view.cluster or not gives_up or self.registers.buckets():
+                if (answer["idle"] and not first) or not self.node.idle():
                     continue
                 self.cluster.joined.clear()
                 self._install(answer)
@@ -3735,7 +3780,7 @@ class Membership:
 
     def gossip(self) -> None:
         """hello to every member: spreads views, notes who is silent, and for how long."""
-        view = self.cluster.known_view()
+        view = self.cluster.view()
         self._hello_all(view)
         now = time.monotonic()
         for contact in view.members:
@@ -3769,7 +3814,7 @@ class Membership:
 
     def probe(self) -> None:
         """hello to members that did not answer lately, so that no client's request finds out."""
-        view = self.cluster.known_view()
+        view = self.cluster.view()
         silent = [c for c in view.everybody() if self.cluster.peers.skipped(c.node)]
         self.cluster.tell("hello", {"epoch": view.epoch}, silent)
 
