@@ -7671,6 +7671,25 @@ def test_a_write_of_unknown_outcome_keeps_its_blocks_for_a_while_without_a_threa
     assert pins.list() == []
 
 
+@pytest.mark.parametrize("in_a_cluster", [False, True])
+def test_what_is_left_of_uploads_in_a_deleted_bucket_is_removed(
+    in_a_cluster: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that was on its way while the bucket was deleted."""
+    store: Any = lonely.store if in_a_cluster else zs3.FileStore(str(tmp_path / "data"))
+    part_of_an_upload(store)
+    store.delete_bucket("bucket")
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for expiry, left in ((60.0, 1), (-60.0, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            zs3.sweep_uploads(store, expiry)
+        assert len(list(store.scan(zs3.UPLOADS, "", "", ""))) == left
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 @pytest.mark.parametrize("step", ["_append", "_join"])
 def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(

@@ -67,7 +67,6 @@ import resource
 import secrets
 import select
 import selectors
-import shutil
 import signal
 import socket
 import stat
@@ -2108,8 +2107,7 @@ class FileStore:
             time.sleep(SWEEP_SECONDS)
 
     def _sweep(self) -> None:
-        """Remove temporary files that no server writes any more, descriptions of nothing, and
-        uploads whose bucket was deleted by hand or by a server that did not get further."""
+        """Remove temporary files that no server writes any more, and descriptions of nothing."""
         horizon = time.time() - TEMP_SECONDS
         for path in files_below(f"{self._root}/.tmp"):
             self._remove_if_old(path, horizon)
@@ -2117,9 +2115,6 @@ class FileStore:
             for path in files_below(f"{self._root}/.meta/{bucket}"):
                 if not path.endswith("/created") and not self._side_in_use(bucket, path):
                     self._remove_if_old(path, horizon)
-        for bucket in os.listdir(f"{self._root}/{UPLOADS}"):
-            if not os.path.isdir(self._bucket_path(bucket)):
-                shutil.rmtree(f"{self._root}/{UPLOADS}/{bucket}", ignore_errors=True)
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
@@ -4024,10 +4019,11 @@ def sweep_uploads(store: Store, expiry: float) -> None:
     """Remove stale uploads now and then, for as long as the server runs."""
     while True:
         try:
-            for bucket in store.list_buckets():
-                count = expire_uploads(store, bucket.name, time.time() - expiry)
+            # Not of list_buckets: an upload may have outlived its bucket.
+            for bucket in {info.key.split("/")[0] for info in store.scan(UPLOADS, "", "", "/")}:
+                count = expire_uploads(store, bucket, time.time() - expiry)
                 if count:
-                    LOG.info("removed %d stale uploads of %s", count, bucket.name)
+                    LOG.info("removed %d stale uploads of %s", count, bucket)
         except (S3Error, OSError) as error:
             LOG.warning("could not look for stale uploads: %s", error)  # next time, then
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
