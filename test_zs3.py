@@ -3042,6 +3042,15 @@ def test_list_objects_v1(s3: Client) -> None:
     assert page_of(answer) == ([], ["c/"], False) and answer.text("Marker") == "b"
 
 
+def test_a_listing_takes_a_prefix_longer_than_any_key(s3: Client) -> None:
+    s3.put("k", b"x").ok()
+    long = "p" * 1500
+    for version, names in ((2, ("prefix", "start_after", "delimiter")), (1, ("marker",))):
+        for name in names:
+            listed = s3.list(version, **{name: long}).texts("Contents/Key")
+            assert listed == (["k"] if name == "delimiter" else [])
+
+
 def test_the_head_of_a_listing_comes_before_its_contents(s3: Client) -> None:
     s3.put("k", b"x").ok()
     s3.put("p/k", b"x").ok()
@@ -7150,7 +7159,7 @@ def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> 
     store = DistributedStore(nodes[0], None)  # type: ignore[arg-type]
     store.delete_bucket("bucket")
     for registers in (node.node.registers for node in nodes):
-        assert all(registers.bury(*grave) for grave in registers.graves(math.inf, ("", "")))
+        assert all(registers.bury(*grave) for grave in next(registers.graves(math.inf)))
     answers = reaching(net, nodes[0], accept, nodes[2])
     assert "refused" in answers[nodes[2].own.node]
     assert store.list_buckets() == []
@@ -7175,6 +7184,26 @@ def test_a_value_below_a_promise_is_pulled_by_a_round_of_its_register() -> None:
     assert [get(node) for node in nodes] == [OLD, OLD, OLD]
 
 
+def test_a_register_that_cannot_be_decided_does_not_keep_a_node_from_pulling_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, nodes = owners(3)
+    first, second, third = (net.clusters[c.node] for c in nodes[0].known_view().members)
+    low, high = (f"{1:08x}{counter:012x}{'0' * 16}" for counter in (500, 501))
+    say(net, third, "prepare", key="k", ballot=high)
+    late = {"ballot": low, "value": {**value_of(OLD), "base": ""}, "chosen": False, "basis": None}
+    assert say(net, first, "accept", key="k", **late)["done"]
+    assert say(net, second, "accept", key="z", **late)["done"]
+
+    def repair(*place: str) -> Any:
+        raise S3Error("SlowDown")
+
+    monkeypatch.setattr(third.rounds, "repair", repair)
+    housekeeping(third)[0].pull()
+    assert third.node.registers.slot("bucket", "k").accepted == ""
+    assert third.node.registers.slot("bucket", "z").accepted == low
+
+
 def test_of_two_owners_either_shows_alone_what_both_have_accepted() -> None:
     for alone in (0, 1):
         net, nodes = owners(2)
@@ -7193,7 +7222,7 @@ def test_places_in_the_change_log_are_not_given_twice(tmp_path: Path) -> None:
         grave = {"id": f"{number:016x}", "base": ""}
         registers.accept("bucket", f"k{number}", ballot, grave, False, None)
     seen = registers.changes(0, lambda bucket: True)["upto"]
-    assert all(registers.bury(*grave) for grave in registers.graves(math.inf, ("", "")))
+    assert all(registers.bury(*grave) for grave in next(registers.graves(math.inf)))
     registers.close()
     registers = Registers(1, path)
     registers.accept("bucket", "new", ballots[9], {"id": "f" * 16, "base": ""}, False, None)
@@ -7615,6 +7644,81 @@ def test_a_block_that_cannot_be_read_is_set_aside_and_can_be_stored_again(
     assert blocks.get(name) is None and not blocks.has(name) and blocks.count == 0
     blocks.put(name, data)
     assert blocks.get(name) == data and blocks.total_bytes == 5000
+
+
+def test_values_are_told_by_their_real_size(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "PAGE_BYTES", 10_000)
+    places = [(zs3.UPLOADS, f"k{number}") for number in range(9)]
+    value = {**value_of(OLD), "base": ""}
+    value["info"]["headers"] = {"cache-control": "y" * 6000}
+    for place in places:
+        lonely.node.registers.accept(*place, BALLOT, value, False, None)
+    assert len(lonely.node.on_values(places)["slots"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "ask"),
+    [
+        ("buckets", lambda registers: registers.buckets()),
+        ("graves", lambda registers: next(registers.graves(1e9), None)),
+        ("changes", lambda registers: registers.changes(0, bool)),
+        ("promises", lambda registers: registers.drop_promises(1e9)),
+        ("sqlite_autoindex_registers_1 (bucket=? AND key=?)",
+         lambda registers: registers.slot("bucket", "k")),
+        ("sqlite_autoindex_registers_1 (bucket=? AND key=?)", lambda registers: registers.doubts()),
+        ("sqlite_autoindex_registers_1 (bucket=? AND key>? AND key<?)",
+         lambda registers: registers.page("bucket", "a", "", "", False)),
+    ],
+)  # fmt: skip
+def test_no_query_of_the_registers_scans_them_all(
+    index: str, ask: Callable[[Registers], Any], lonely: Lonely
+) -> None:
+    asked: list[str] = []
+    database = lonely.node.registers._db
+    database.set_trace_callback(asked.append)
+    ask(lonely.node.registers)
+    database.set_trace_callback(None)
+    queries = [query for query in asked if "registers" in query and "SELECT" in query]
+    plans = [row[3] for query in queries for row in database.execute(f"EXPLAIN QUERY PLAN {query}")]
+    steps = [step for step in plans if re.search("(SCAN|SEARCH).*registers", step)]
+    assert steps and all(f"INDEX {index}" in step for step in steps), plans
+
+
+def test_a_write_does_not_wait_for_the_name_of_a_dead_peer(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve, names = socket.getaddrinfo, []
+
+    def slowly(host: str, *rest: Any, **named: Any) -> Any:
+        names.append(host)
+        return resolve(host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    with fake_peers(1) as (fakes, _):
+        alive = fakes[0].contact
+        groups = ((lonely.own, alive, Contact(8, "dead.invalid:1")),)
+        for _ in range(3):
+            ask = Ask("learn", GOOD["learn"], groups, lambda said: alive.node in said, wide=True)
+            lonely.cluster.ask(ask)
+        assert fakes[0].asked == 3
+    assert names.count("dead.invalid") == 1
+
+
+def test_a_walk_over_the_blocks_rests_four_times_as_long_as_it_works(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "BATCH", 1)
+    for data in (b"a", b"b"):
+        lonely.node.blocks.put(zs3_dist.block_hash(data), data)
+    keep, now, rests = Housekeeping(lonely.store, 600.0, 0.0), itertools.count(), []
+    monkeypatch.setattr(lonely.node, "clock", lambda: next(now) * 0.5)
+    monkeypatch.setattr(keep, "_used", lambda batch: None)
+    monkeypatch.setattr(keep, "_replicate", lambda batch, announce: None)
+    monkeypatch.setattr(lonely.store.closing, "wait", rests.append)
+    keep.tend()
+    assert rests == [2.0, 2.0]
 
 
 def test_a_small_object_that_rots_in_its_record_is_an_error_not_other_bytes(

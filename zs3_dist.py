@@ -117,6 +117,7 @@ BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 ti
 LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
 
+TEND_REST = 4  # a walk over the blocks rests so many times as long as it works
 SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
 PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
 FORGET_ROUNDS = 10  # gossip intervals, and the tombstone grace: a member silent longer is forgotten
@@ -295,10 +296,15 @@ flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
 ballot_field = text_field(BALLOT)
 hashes_field = list_field(text_field(HASH))
 bucket_field = text_field(BUCKET)
-# An object key, or a prefix or start of keys; "" is the bucket's own register.
-key_field = field_that(
-    lambda raw: isinstance(raw, str) and len(raw.encode()) <= MAX_REGISTER_BYTES, "key"
-)
+
+
+def key_up_to(limit: int) -> Check:
+    """A check for text of at most `limit` bytes of UTF-8."""
+    return field_that(lambda raw: isinstance(raw, str) and len(raw.encode()) <= limit, "key")
+
+
+key_field = key_up_to(MAX_REGISTER_BYTES)  # "" is the bucket's own register
+asked_field = key_up_to(zs3.MAX_HEAD_BYTES)  # what a client asks a listing for; no key need be such
 
 
 def address_field(raw: Any) -> str:
@@ -402,7 +408,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
     "read": {**PLACE, "brief": flag_field},  # true: no value, but a tombstone
     "page": {
         **EPOCH, "bucket": bucket_field,
-        "prefix": key_field, "start": key_field, "delimiter": key_field,
+        "prefix": asked_field, "start": asked_field, "delimiter": asked_field,
         "whole": flag_field,  # true: with the blocks, not only what a listing shows
         "mark": text_field(WRITE_ID, empty=True),  # only if that wrote the bucket's record
     },
@@ -1325,6 +1331,7 @@ CREATE TABLE IF NOT EXISTS registers (
     PRIMARY KEY (bucket, key));
 CREATE INDEX IF NOT EXISTS changes ON registers (seq) WHERE seq IS NOT NULL;
 CREATE INDEX IF NOT EXISTS graves ON registers (since) WHERE live = 0 AND accepted != '';
+CREATE INDEX IF NOT EXISTS buckets ON registers (bucket) WHERE key = x'';
 CREATE TABLE IF NOT EXISTS refs (              -- which keys' accepted values name a block
     hash BLOB NOT NULL, bucket TEXT NOT NULL, key BLOB NOT NULL,
     PRIMARY KEY (hash, bucket, key)) WITHOUT ROWID;
@@ -1767,14 +1774,17 @@ class Registers:
             row = (bucket, key.encode())
             self._db.execute("DELETE FROM doubts WHERE bucket = ? AND key = ?", row)
 
-    def graves(self, before: float, after: tuple[str, str]) -> list[Grave]:
-        """Tombstones older than `before` (wall clock), in order, beyond (bucket, key) `after`."""
-        rows = self._all(
-            "SELECT bucket, key, accepted FROM registers WHERE live = 0 AND accepted != ''"
-            " AND since < ? AND bucket != ? AND (bucket, key) > (?, ?)"
-            " ORDER BY bucket, key LIMIT ?", before, VIEWS, after[0], after[1].encode(), BATCH,
+    def graves(self, before: float) -> Iterator[list[Grave]]:
+        """Tombstones older than `before` (wall clock), the oldest first, BATCH at a time."""
+        query = (
+            "SELECT bucket, key, accepted, since, rowid FROM registers WHERE live = 0"
+            " AND accepted != '' AND (since, rowid) > (?, ?) AND since < ? AND bucket != ?"
+            " ORDER BY since, rowid LIMIT ?"
         )
-        return [(bucket, key.decode(), accepted) for bucket, key, accepted in rows]
+        after = (0.0, 0)
+        while rows := self._all(query, *after, before, VIEWS, BATCH):
+            after = rows[-1][3:]
+            yield [(bucket, key.decode(), accepted) for bucket, key, accepted, *_ in rows]
 
     def buried(self, bucket: str, key: str, ballot: str) -> bool:
         """Is the tombstone of that ballot here, or something later, or nothing any more?"""
@@ -1825,7 +1835,8 @@ def bucket_state(basis: Sequence[Any] | None) -> str:
 
 
 class Ask(NamedTuple):
-    """Ask the owners in `groups`: at first as many as `quorum` says, or all when `wide`."""
+    """Ask the owners in `groups`: at first as many as `quorum` says; when `wide`, all but those
+    that did not answer lately."""
 
     name: str
     message: Message
@@ -2305,7 +2316,7 @@ class Node:
                 break
             slot = self.registers.slot(bucket, key)
             slots.append([slot.accepted, slot.chosen, slot.value])
-            size += 500 + 64 * len(blocks_of(slot.value))
+            size += len(pack(slots[-1]))
         return {"slots": slots}
 
     def on_buried(self, graves: list[Grave]) -> Message:
@@ -2438,7 +2449,9 @@ class Cluster:
             return ask.enough(answers)
 
         here = {self.own.node} if look else answers.keys()
-        first = len(others) if ask.wide else self._first(ask, others, here)
+        first = self._first(ask, others, here)
+        if ask.wide:
+            first = max(first, sum(not self.peers.skipped(contact.node) for contact in others))
         take(self.tell(ask.name, ask.message, others, enough, first, look))
         if any("views" in answer or "behind" in answer for answer in answers.values()):
             self._views(ask, answers)
@@ -3248,8 +3261,9 @@ class Housekeeping:
         view = self.cluster.view()
         reached = {self.node.own.node}
         for contact in view.everybody():
-            if contact != self.node.own and self._pull_from(view, contact):
-                reached.add(contact.node)
+            with contextlib.suppress(S3Error):  # a register cannot be decided now: next time
+                if contact != self.node.own and self._pull_from(view, contact):
+                    reached.add(contact.node)
         if view.previous and self.registers.synced < view.epoch:
             unreached = sum(contact.node not in reached for contact in view.previous)
             # See "Between views" in section 7. Who was not reached is fewer than any quorum, also
@@ -3345,12 +3359,9 @@ class Housekeeping:
         before = time.time() - self.tombstone_grace
         while self.registers.drop_promises(before) and not self.store.closing.is_set():
             pass
-        after = ("", "")
-        while True:
-            graves = self.registers.graves(before, after)
-            if not graves or self.store.closing.is_set():
+        for graves in self.registers.graves(before):
+            if self.store.closing.is_set():
                 return
-            after = graves[-1][:2]
             for bucket, key, _ in graves:
                 if not key:
                     with contextlib.suppress(S3Error):  # no quorum: it is not buried this time
@@ -3388,13 +3399,14 @@ class Housekeeping:
         suspects: dict[str, tuple[float, float]] = {}
         freed = 0
         while batch := list(itertools.islice(walk, BATCH)):
+            began = self.node.clock()
             used = self._used(batch)
             if used is not None:
                 unused = {block for block, one in zip(batch, used, strict=True) if not one}
                 freed += self._collect(sorted(unused), suspects)
                 batch = [block for block in batch if block not in unused]
             self._replicate(batch, announce)
-            if self.store.closing.wait(0.01):
+            if self.store.closing.wait(TEND_REST * (self.node.clock() - began)):
                 return
         self._suspects = suspects
         if announce:
