@@ -304,7 +304,7 @@ def key_up_to(limit: int) -> Check:
 
 
 key_field = key_up_to(MAX_REGISTER_BYTES)  # "" is the bucket's own register
-asked_field = key_up_to(zs3.MAX_HEAD_BYTES)  # what a client asks a listing for; no key need be such
+asked_field = key_up_to(zs3.MAX_HEAD_BYTES)  # what a client asks a listing for, of any length
 
 
 def address_field(raw: Any) -> str:
@@ -2341,7 +2341,7 @@ class Cluster:
         self.own = node.own
         self.rounds = Rounds(self.own.node, self.known_view, time.monotonic, random.Random())
         self.joined = threading.Event()  # set once this node is a member
-        self.started = time.monotonic()
+        self.young_until = time.monotonic() + 2 * DISCOVERY_SECONDS
 
     def known_view(self) -> View:
         """The newest view known, whether or not this node is a member. SlowDown if none is."""
@@ -2834,7 +2834,11 @@ class DistributedStore:
             self.lock.close()
 
     def _run(self, steps: Steps[T]) -> T:
-        self.cluster.view()  # only members work: others' pins are not asked for
+        """Only members work: others' pins are not asked for. A cluster of one node without a bucket
+        waits, at its start, for another that it must give itself up for (`Membership._found`)."""
+        until = self.cluster.young_until
+        while self.cluster.view() and time.monotonic() < until and self.node.idle():
+            time.sleep(0.1)
         return self.cluster.run(steps)
 
     # --- Buckets ---
@@ -2870,11 +2874,6 @@ class DistributedStore:
         return BucketInfo(bucket, value["bucket"]["created"])
 
     def create_bucket(self, bucket: str) -> bool:
-        """A node that founded its cluster a moment ago waits with its first bucket for those that
-        it may have to give itself up for (`Membership._found`)."""
-        young = self.cluster.started + 2 * DISCOVERY_SECONDS
-        while self.node.idle() and time.monotonic() < young:
-            time.sleep(0.1)
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
         value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
         return value is not None and value["id"] == ours["id"]
@@ -3657,10 +3656,11 @@ class Membership:
         self.waiting = True
 
     def _found(self) -> None:
-        """So does a founder that lost its disk, when it is started by the same command. Then its
-        members ask for the old node at this address, within PULL_SECONDS and the time that they
-        take to connect; it hears of them by that (`Seal.misled`) and gives itself up (`_merge`). It
-        makes no bucket until then, rather than founding so late: what has none can be given up."""
+        """So does a founder that lost its disk, when it is started by the same command. Then the
+        members of its cluster ask for the old node at this address, within PULL_SECONDS and the
+        time that they take to connect; it hears of them by that (`Seal.misled`) and gives itself up
+        (`_merge`). Until then it says nothing of buckets and makes none. It founds at once all the
+        same, so that nobody who joins has to wait; then there is nothing to wait for, either."""
         view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
         self.registers.install([view])
         self.cluster.check_membership()
