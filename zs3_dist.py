@@ -629,16 +629,13 @@ class Peers:
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
-        self._lock = threading.Lock()  # guards _idle, _skipped, _slow, _late
+        self._lock = threading.Lock()  # guards _idle, _owed, _skipped, _slow
         self._idle: dict[str, list[Link]] = {}
+        self._owed: dict[str, list[Call]] = {}  # whose answers nobody waits for; by address, too
         self.moved: dict[Contact, Contact] = {}  # as the view has it -> where it last spoke from
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
         self._slow: dict[int, float] = {}  # the same
-        self._late: set[Call] = set()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_write.setblocking(False)
         self.closed = False
-        threading.Thread(target=self._collect_late, name="zs3-late", daemon=True).start()
 
     def skipped(self, node: int) -> bool:
         """Did it fail to answer lately?"""
@@ -679,6 +676,10 @@ class Peers:
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
         with self._lock:
+            owed = self._owed.pop(address, None)
+        if owed:
+            self._look(owed)
+        with self._lock:
             idle = self._idle.get(address)
             if idle:
                 return idle.pop()
@@ -693,31 +694,19 @@ class Peers:
                 return
         link.close()
 
-    def later(self, calls: Collection[Call]) -> None:
-        """Hand over calls whose answers nobody waits for, so that their connections live on."""
-        if calls:
-            with self._lock:
-                self._late.update(calls)
-            self._wake()
+    def later(self, calls: Iterable[Call]) -> None:
+        """Keep the connections of calls whose answers nobody waits for: who next wants one to the
+        same address looks whether the answer has come, and the connection can be used again."""
+        with self._lock:
+            for call in calls:
+                self._owed.setdefault(call.to.address, []).append(call)
 
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups: awake already
-            self._wake_write.send(b"x")
-
-    def _collect_late(self) -> None:
-        while not self.closed:
-            poller = select.poll()
-            poller.register(self._wake_read, select.POLLIN)
-            with self._lock:
-                late = list(self._late)
-            for call in late:
-                poller.register(call.link.socket, call.link.events())
-            ready = {fd for fd, _ in poller.poll(250 if late else 2000)}
-            if self._wake_read.fileno() in ready:
-                self._wake_read.recv(4096)
-            over = {call for call in late if self._finished(call, ready)}
-            with self._lock:
-                self._late -= over
+    def _look(self, calls: Sequence[Call]) -> None:
+        poller = select.poll()
+        for call in calls:
+            poller.register(call.link.socket, call.link.events())
+        ready = {fd for fd, _ in poller.poll(0)}
+        self.later([call for call in calls if not self._finished(call, ready)])
 
     def _finished(self, call: Call, ready: Collection[int]) -> bool:
         """Move one late call on; True when it is over."""
@@ -725,6 +714,7 @@ class Peers:
             if call.link.socket.fileno() in ready:
                 reply = call.link.pump()
                 if reply is None:
+                    call.deadline = time.monotonic() + CONNECT_SECONDS  # nobody looked before
                     return False
                 self.give(call.to.address, call.link)
                 if call.good(reply):
@@ -744,8 +734,9 @@ class Peers:
         self.closed = True
         with self._lock:
             links = [link for idle in self._idle.values() for link in idle]
+            links += [call.link for owed in self._owed.values() for call in owed]
             self._idle.clear()
-        self._wake()
+            self._owed.clear()
         for link in links:
             link.close()
 
