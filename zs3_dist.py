@@ -1489,6 +1489,8 @@ class Registers:
 
     def member_since(self, epoch: int) -> bool:
         """Was this node a member in every view from that of `epoch` to the present one?"""
+        if self.view is not None and self.view.epoch == epoch:
+            return self.view.member(self.own) is not None
         views = self._all("SELECT view FROM views WHERE epoch >= ?", epoch)
         return all(node_hex(self.own) in dict(json.loads(view)["members"]) for (view,) in views)
 
