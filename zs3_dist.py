@@ -120,6 +120,7 @@ IDLE_LINKS = 16  # kept-alive connections to one peer
 TEND_REST = 4  # a walk over the blocks rests so many times as long as it works
 SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
 PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
+MERGE_SECONDS = 0.5  # by then a lone node has answered what it was asked before
 FORGET_ROUNDS = 10  # gossip intervals, and the tombstone grace: a member silent longer is forgotten
 CLOSING_SECONDS = 1.0  # a deletion of a bucket that takes longer may be undone by a PUT
 SCRUB_ROUNDS = 40  # gossip intervals between two readings of all blocks
@@ -779,13 +780,17 @@ class Exchange:
         return sum(reply.status == 200 for reply in self.answers.values())
 
     def _leave(self) -> None:
-        """The others may be answered late, but for blocks not even sent: their bytes go."""
-        calls = self.calls.values()
-        unsent = [call for call in calls if call.link.outgoing and call.question.of_block]
-        late = [call for call in calls if call not in unsent]
-        for call in unsent:
-            call.link.close()
-            self.peers.fail(call.to.node)
+        """The others may be answered late, but for blocks: one not even sent, and one on its way
+        here, is dropped."""
+        late = []
+        for call in self.calls.values():
+            unsent = call.question.of_block and call.link.outgoing
+            if unsent or call.question.path.startswith("fetch/"):
+                call.link.close()
+            else:
+                late.append(call)
+            if unsent:
+                self.peers.fail(call.to.node)
         self.peers.later(late)
 
     def _step(self, stop: float) -> None:
@@ -3688,12 +3693,15 @@ class Membership:
             if answer is None or answer["cluster"] in ("", view.cluster):
                 continue
             first = contact_field(answer["contact"]).node < self.node.own.node
+            if (answer["idle"] and not first) or not self.node.idle():
+                continue
+            self.cluster.joined.clear()  # nothing begins now, and what has begun is soon over:
+            self.store.closing.wait(MERGE_SECONDS)  # its messages may be of the others' epoch
             with self.registers.lock:  # a bucket may just have been made
-                if (answer["idle"] and not first) or not self.node.idle():
-                    continue
-                self.cluster.joined.clear()
-                self._install(answer)
-            return self._enter()
+                gives_up = self.node.idle()
+                if gives_up:
+                    self._install(answer)
+            return self._enter() if gives_up else self.cluster.check_membership()
 
     # --- Views ---
 
