@@ -4744,6 +4744,198 @@ def test_a_client_that_keeps_us_waiting_has_to_go_where_no_thread_is_to_be_had(
                 assert other.recv(12) == b"HTTP/1.1 200"
 
 
+def answers(client: socket.socket, count: int) -> int:
+    """How many of `count` answers without a body come, until the server closes the connection."""
+    data = b""
+    while data.count(b"HTTP/1.1 200") < count and (more := client.recv(4096)):
+        data += more
+    return data.count(b"HTTP/1.1 200")
+
+
+def test_pipelined_requests_are_all_answered_though_no_thread_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert answers(client, 1) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            server.server._spare = 0
+            client.sendall(PLAIN_GET * 3)
+            assert answers(client, 3) == 3
+
+
+def test_a_block_that_is_lost_midway_cuts_the_answer_short_and_adds_nothing() -> None:
+    class Broken:
+        def chunks(self, start: int, length: int) -> Iterator[bytes]:
+            yield b"whole"
+            raise zs3.S3Error("SlowDown")
+
+        def close(self) -> None:
+            pass
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        return zs3.Response(200, body=zs3.Stream(Broken(), 0, 10))
+
+    with (
+        InProcess(respond) as server, server.connect() as client, client.makefile("rb") as file
+    ):  # fmt: skip
+        client.sendall(PLAIN_GET)
+        assert file.read().partition(b"\r\n\r\n")[2] == b"whole"
+
+
+def test_who_waits_no_more_gives_its_thread_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zs3, "OWN_SECONDS", 0.2)
+    pauses = [0.3]
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        time.sleep(pauses.pop() if pauses else 0.0)
+        return zs3.Response(200)
+
+    with InProcess(respond) as server, server.connect() as client:
+        deadline = time.monotonic() + 10
+        alone = []
+        while not (any(alone) and not alone[-1]):
+            client.sendall(PLAIN_GET)
+            assert answers(client, 1) == 1
+            alone.append(not server.server._selector.get_map())
+            assert time.monotonic() < deadline
+
+
+def test_a_line_end_after_a_request_takes_no_thread() -> None:
+    """Some clients send one. (RFC 9112, 2.2)"""
+    before = threading.active_count()
+    with InProcess(lambda request: zs3.Response(200)) as server, contextlib.ExitStack() as held:
+        for _ in range(20):
+            client = held.enter_context(server.connect())
+            client.sendall(PLAIN_GET + b"\r\n")
+            assert answers(client, 1) == 1
+        assert threading.active_count() < before + 5
+
+
+def test_a_time_out_is_as_long_after_a_slow_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zs3, "SOCKET_SECONDS", 1.0)
+    pauses = [0.3]
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        time.sleep(pauses.pop() if pauses else 0.0)
+        return zs3.Response(200)
+
+    with InProcess(respond) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert answers(client, 1) == 1
+        client.sendall(PLAIN_GET[:5])
+        began = time.monotonic()
+        assert client.recv(4096) == b""
+        assert 0.8 < time.monotonic() - began < 1.8
+
+
+class Panic(BaseException):
+    """What no handler of Exception stops."""
+
+
+def test_whatever_a_request_raises_the_others_are_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def respond(request: zs3.Request) -> zs3.Response:
+        if request.path == "/panic":
+            raise Panic
+        return zs3.Response(200)
+
+    with InProcess(respond) as server, server.connect() as other:
+        for _ in range(3):
+            with server.connect() as client:
+                client.sendall(PLAIN_GET.replace(b"/ ", b"/panic ", 1))
+                assert client.recv(4096) == b""
+            other.sendall(PLAIN_GET)
+            assert answers(other, 1) == 1
+        assert len(server.server._connections) == 1
+    assert "Panic" in caplog.text
+
+
+def test_each_new_connection_beyond_the_limit_ends_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also while nobody comes to close them."""
+    monkeypatch.setattr(zs3, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(zs3, "OWN_SECONDS", 0.0)
+    server = InProcess(lambda request: zs3.Response(200))
+    with contextlib.closing(server.server.socket), contextlib.ExitStack() as held:
+        clients = [held.enter_context(server.connect()) for _ in range(6)]
+        for _ in clients:
+            server.server.process_request(*server.server.get_request())
+        for each in server.server._connections:
+            held.enter_context(each.socket)
+        assert [client.recv(1) for client in clients[:3]] == [b"", b"", b""]
+        for client in clients[3:]:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(1)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "waits"),
+    [
+        ("GET", "/b/k", {}, True),
+        ("POST", "/_zs3/read", {"x-zs3-seal": "..."}, False),
+        ("POST", "/_zs3/photo.jpg", {}, True),  # a key, with --domain
+        ("GET", "/_zs3/ping", {}, True),
+    ],
+)
+def test_only_what_peers_ask_waits_for_nobody(
+    method: str, path: str, headers: dict[str, str], waits: bool
+) -> None:
+    service = zs3.Service(types.SimpleNamespace(waits=True), zs3.Settings({}))  # type: ignore[arg-type]
+    request = zs3.Request(method, path, "", headers, service.settings)
+    assert service.waits(request) == waits
+
+
+def test_what_was_sent_before_sigterm_is_answered(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", "--public-read=bucket", data=folder) as server:
+        (folder / "bucket/k").write_bytes(b"x")
+        port = server.port
+        lost = []
+
+        def ask() -> None:
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                data = b"HTTP/1.1 200"
+                while data and b"onnection: close" not in data:
+                    client.sendall(b"GET /bucket/k HTTP/1.1\r\nhost: a\r\n\r\n")
+                    data = client.recv(4096)
+                lost.append(not data)
+
+        threads = [threading.Thread(target=ask) for _ in range(30)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        server.process.terminate()
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(20) == 0
+        assert len(lost) == 30 and not any(lost)
+
+
+def test_workers_take_new_connections_at_once_beside_idle_ones(folder: Path) -> None:
+    with (
+        Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server,
+        contextlib.ExitStack() as held,
+    ):
+        s3 = server.client("bucket")
+        for _ in range(600):
+            held.enter_context(s3.connect())
+        time.sleep(1.2)
+        began = time.monotonic()
+        for _ in range(20):
+            with s3.connect() as connection:
+                connection.send(signed_get(s3, "k"))
+                assert connection.answer().error == "NoSuchKey"
+        assert time.monotonic() - began < 1.5
+        s3.close()
+
+
 def test_connections_that_are_silent_have_no_threads(folder: Path) -> None:
     with Server(ACL, "--bucket=bucket", data=folder) as server, contextlib.ExitStack() as held:
         s3 = server.client("bucket")

@@ -127,8 +127,9 @@ LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender sh
 TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
 OWN_SECONDS = 1.0  # a connection whose request had to wait keeps its thread for so long after it
 SPARE_THREADS = 16  # are kept for requests that wait
-SHARE_SECONDS = 0.1  # that a worker with all the connections it can have waits for others to accept
+SHARE_SECONDS = 0.00002  # a worker lets others accept for so long for each busy connection it has
 FULL_SECONDS = 0.1  # between two tries to accept a connection at the limit of open files
+STOP_SECONDS = 0.01  # between two looks whether all requests are answered after SIGTERM
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
@@ -3220,9 +3221,11 @@ class Service:
         self._secrets = {access: each.secret for access, each in settings.credentials.items()}
 
     def waits(self, request: Request) -> bool:
-        """Whether the answer may have to wait for others: what peers ask never does."""
-        of_peer = request.method == "POST" and request.path.startswith("/_zs3/")
-        return self.store.waits and not of_peer
+        """Whether the answer may take long, or wait for others; what peers ask does neither."""
+        if "x-zs3-seal" in request.headers and request.path.startswith("/_zs3/"):
+            return False
+        long = request.method == "POST" or "x-amz-copy-source" in request.headers
+        return long or self.store.waits
 
     def respond(self, request: Request) -> Response:
         """The answer, an error too. Only a bug raises."""
@@ -3298,20 +3301,11 @@ def preflight(request: Request) -> Response:
 
 
 class Wire:
-    """The incoming bytes of a connection. Where there are none, `wait` is called, and if it says so
-    they are asked for once more, and waited for."""
+    """The incoming bytes of a connection. `patiently` calls what it is given, twice if need be."""
 
-    def __init__(self, connection: socket.socket, wait: Callable[[], bool]) -> None:
-        self._connection, self._wait = connection, wait
+    def __init__(self, connection: socket.socket, patiently: Callable[..., Any]) -> None:
+        self._connection, self._patiently = connection, patiently
         self._rest = b""  # received, not yet read
-
-    def _receive(self, receive: Callable[[Any], Any], what: Any) -> Any:
-        try:
-            return receive(what)
-        except BlockingIOError:
-            if not self._wait():
-                raise
-            return receive(what)
 
     def read_head(self) -> bytes:
         """A request's head with its final empty line; b"" if the client has gone.
@@ -3319,7 +3313,7 @@ class Wire:
         deadline = 0.0
         self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
         while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
-            received: bytes = self._receive(self._connection.recv, MAX_HEAD_BYTES)
+            received: bytes = self._patiently(self._connection.recv, MAX_HEAD_BYTES)
             if not received:
                 return b""
             self._rest = (self._rest + received).lstrip(b"\r\n")
@@ -3333,13 +3327,13 @@ class Wire:
         return head
 
     def buffered(self) -> int:
-        """How many bytes have come that nobody has read."""
-        return len(self._rest)
+        """How many bytes of a next request have come (RFC 9112, 2.2)."""
+        return len(self._rest.lstrip(b"\r\n"))
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` with what has come, waiting for the first byte; 0 if the client has gone."""
         if not self._rest:
-            return int(self._receive(self._connection.recv_into, view))
+            return int(self._patiently(self._connection.recv_into, view))
         got = min(len(view), len(self._rest))
         view[:got] = self._rest[:got]
         self._rest = self._rest[got:]
@@ -3348,7 +3342,7 @@ class Wire:
     def readline(self, limit: int) -> bytes:
         """Up to and with the next LF, `limit` bytes at most; less if the client has gone."""
         while b"\n" not in self._rest[:limit] and len(self._rest) < limit:
-            received = self._receive(self._connection.recv, SMALL_BYTES)
+            received = self._patiently(self._connection.recv, SMALL_BYTES)
             if not received:
                 break
             self._rest += received
@@ -3428,7 +3422,8 @@ class Connection(BaseRequestHandler):
     covers, and takes heads that can be read two ways."""
 
     server: Server
-    _patient: bool  # does the thread wait where it has to?
+    patient: bool  # does its thread wait where it has to?
+    waited = 0.0  # monotonic; when it last had to
 
     def setup(self) -> None:
         """Prepare to read it, at first without waiting. Later, time-outs are the kernel's, which
@@ -3439,7 +3434,7 @@ class Connection(BaseRequestHandler):
         limit = struct.pack("ll", int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self.wire = Wire(self.socket, self._wait)
+        self.wire = Wire(self.socket, self._patiently)
         self.waits_since = time.monotonic()  # for its next request; infinity: it does not
 
     def answer_next(self) -> bool:
@@ -3449,36 +3444,48 @@ class Connection(BaseRequestHandler):
             return self._answer_next()
         except GONE:
             LOG.debug("%s went away", self.client_address[0])
-        except Exception:
+        except BaseException:  # a panic of a library, too
             self.server.handle_error(self.request, self.client_address)
         finally:
             self.waits_since = time.monotonic()
         return False
 
     def end(self) -> None:
-        """Have it closed by whoever waits for its next request."""
+        """Have it closed by whoever waits for its next request; it is silent no more."""
+        self.waits_since = math.inf
         with contextlib.suppress(OSError):  # it is closed already
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def has_more(self) -> bool:
-        """Whether another request comes soon."""
+        """Whether another request comes soon after one that had to wait."""
         if self.wire.buffered():
             return True
         poller = select.poll()
         poller.register(self.socket, select.POLLIN)
-        return bool(poller.poll(OWN_SECONDS * 1000))
+        left = self.waited + OWN_SECONDS - time.monotonic()
+        return left > 0 and bool(poller.poll(left * 1000))
 
     def _wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
-        if self._patient:
+        self.waited = time.monotonic()
+        if self.patient:
             return False
         self.server.leave(self)
-        self._patient = self.socket.getblocking()
-        return self._patient
+        self.patient = self.socket.getblocking()
+        return self.patient
+
+    def _patiently(self, call: Callable[..., Any], *given: Any) -> Any:
+        """What cannot be done without waiting is tried once more, and then it waits."""
+        try:
+            return call(*given)
+        except BlockingIOError:
+            if not self._wait():
+                raise
+            return call(*given)
 
     def enter(self) -> None:
         """The thread that sees to all is to answer the next request."""
-        self._patient = False
+        self.patient = False
         self.socket.setblocking(False)
 
     def _answer_next(self) -> bool:
@@ -3561,17 +3568,7 @@ class Connection(BaseRequestHandler):
         """Send all of it."""
         rest = memoryview(data)
         while rest:
-            with self._patience():
-                rest = rest[self.socket.send(rest, flags) :]
-
-    @contextlib.contextmanager
-    def _patience(self) -> Iterator[None]:
-        """What cannot be done without waiting is tried once more: then it waits."""
-        try:
-            yield
-        except BlockingIOError:
-            if not self._wait():
-                raise
+            rest = rest[self._patiently(self.socket.send, rest, flags) :]
 
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
@@ -3580,23 +3577,31 @@ class Connection(BaseRequestHandler):
             self._wait()
         if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
             self._write(head, getattr(socket, "MSG_MORE", 0))
-            out, file = self.socket.fileno(), content.file
-            count = 1
-            while left and count:
-                with self._patience():
-                    count = os.sendfile(out, file, start, min(left, GiB))
-                    start += count
-                    left -= count
+            send = functools.partial(self._patiently, os.sendfile, self.socket.fileno())
+            while left and (count := send(content.file, start, min(left, GiB))):
+                start += count
+                left -= count
         else:
-            for data in content.chunks(start, left):
-                self._write(head + data if head else data)
-                head = b""
-                left -= len(data)
-            if head:
-                self._write(head)
+            left -= self._send_chunks(head, content.chunks(start, left))
         if left:
             LOG.warning("an object was cut short while it was sent")
             raise ConnectionError  # all that is left to say so
+
+    def _send_chunks(self, head: bytes, chunks: Iterator[bytes | memoryview]) -> int:
+        """Write them; their number of bytes. An error after the first of them ends the answer."""
+        sent = 0
+        try:
+            for data in chunks:
+                self._write(head + data if head else data)
+                head = b""
+                sent += len(data)
+        except S3Error as error:
+            if head:
+                raise
+            LOG.warning("%s", error)
+        if head:
+            self._write(head)
+        return sent
 
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
@@ -3639,10 +3644,9 @@ class Server(ThreadingHTTPServer):
         self.shared = shared  # the listening socket, with other processes
         self._request_ids = itertools.count(secrets.randbits(64))
         self.stopping = self._closed = False
-        self._idle = threading.Condition()  # guards the number below; told when it is 0
-        self._under_way = 0
         self._selector = selectors.DefaultSelector()  # connections without a thread of their own
         self._lock = threading.Lock()  # guards what follows
+        self._under_way = 0  # requests
         self._connections: set[Connection] = set()
         self._turn = Turn()
         self._spare = 0  # threads that could take a turn
@@ -3677,34 +3681,39 @@ class Server(ThreadingHTTPServer):
     def _take_turns(self) -> None:
         while True:
             self._needed.acquire()
-            self._answer(self._turn)
+            turn = self._turn
+            while self._turn is turn and not self._closed:
+                try:
+                    self._answer(turn)
+                except Exception:  # a bug, or no memory: nobody else would see to the connections
+                    LOG.exception("answering")
             with self._lock:
                 if self._closed or self._spare >= SPARE_THREADS:
                     return
                 self._spare += 1
 
     def _answer(self, turn: Turn) -> None:
-        """Answer requests for as long as the turn lasts."""
-        while self._turn is turn and not self._closed:
-            for key, _ in self._selector.select(1.0):
-                connection = key.data
-                turn.ends = time.monotonic() + TURN_SECONDS
-                turn.connection = connection
-                good = connection.answer_next()
-                if good and connection.wire.buffered():
-                    self.leave(connection)  # it has sent more: the others first
-                with self._lock:
-                    turn.connection = None
-                    over = self._turn is not turn
-                if over:
-                    self._answer_alone(connection, good)
-                    return
-                if not good:
-                    self._selector.unregister(connection.socket)
-                    self._close(connection)
+        """Answer the requests that have come, as long as the turn lasts."""
+        for key, _ in self._selector.select(1.0):
+            connection = key.data
+            turn.ends = time.monotonic() + TURN_SECONDS
+            turn.connection = connection
+            good = connection.answer_next()
+            while good and connection.wire.buffered() and not self.leave(connection):
+                good = connection.answer_next()  # for want of a thread; else the others come first
+            with self._lock:
+                turn.connection = None
+                over = self._turn is not turn
+            if over:
+                self._answer_alone(connection, good)
+                return
+            if not good:
+                self._selector.unregister(connection.socket)
+                self._close(connection)
 
     def _answer_alone(self, connection: Connection, good: bool) -> None:
-        """Go on with the connection that ended the turn, for as long as it goes on."""
+        """Go on with the connection that ended the turn, as long as its requests have to wait."""
+        connection.patient, connection.waited = True, time.monotonic()
         while good and connection.has_more():
             good = connection.answer_next()
         if good:
@@ -3713,14 +3722,17 @@ class Server(ThreadingHTTPServer):
         else:
             self._close(connection)
 
-    def leave(self, connection: Connection) -> None:
-        """The request of this connection is going to wait: end its turn, unless that was done, or
-        there is no thread to go on."""
+    def leave(self, connection: Connection) -> bool:
+        """The request of this connection is going to wait: end its turn. False: there is no thread
+        to go on."""
         with self._lock:
-            if self._turn.connection is connection and self._has_spare():
+            if self._turn.connection is connection:
+                if not self._has_spare():
+                    return False
                 self._selector.unregister(connection.socket)
                 connection.socket.setblocking(True)
                 self._pass_on()
+            return True
 
     def _close(self, connection: Connection) -> None:
         with self._lock:
@@ -3742,21 +3754,21 @@ class Server(ThreadingHTTPServer):
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
         """A request is being answered: finish() waits for it."""
-        with self._idle:
+        with self._lock:
             self._under_way += 1
         try:
             yield
         finally:
-            with self._idle:
+            with self._lock:
                 self._under_way -= 1
-                if self.stopping and not self._under_way:
-                    self._idle.notify_all()
 
     def get_request(self) -> Any:
         """The next connection. At the limit of open files there is none to be had, however often
         one asks: then wait for others to end."""
-        if self.shared:  # who has fewer connections comes first
-            time.sleep(SHARE_SECONDS * len(self._connections) / MAX_CONNECTIONS)
+        if self.shared:  # who is less busy comes first
+            since = time.monotonic() - OWN_SECONDS
+            busy = sum(each.waits_since > since for each in list(self._connections))
+            time.sleep(SHARE_SECONDS * busy)
         try:
             return super().get_request()
         except OSError as error:
@@ -3799,11 +3811,26 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.shutdown).start()
 
     def finish(self) -> None:
-        """Accept no more, and wait for the requests under way, SHUTDOWN_SECONDS at most."""
+        """Accept no more, and answer all that has come, for SHUTDOWN_SECONDS at most."""
         self.server_close()
-        with self._idle:
-            self._idle.wait_for(lambda: not self._under_way, SHUTDOWN_SECONDS)
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        # In this order: a request moves from one of the three to the next.
+        while self._has_come() or self._turn.connection or self._under_way:
+            if time.monotonic() > deadline:
+                break
+            self.service_actions()
+            time.sleep(STOP_SECONDS)
         self._closed = True
+
+    def _has_come(self) -> bool:
+        """Whether any client has sent what nobody has read."""
+        poller = select.poll()
+        try:
+            for connection in list(self._connections):
+                poller.register(connection.socket, select.POLLIN)
+        except ValueError:
+            return True  # one has just been closed: look again
+        return bool(poller.poll(0))
 
 
 # ===== 12 Command line =====
