@@ -117,7 +117,8 @@ BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 ti
 LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
 
-TEND_REST = 4  # a walk over the blocks rests so many times as long as it works
+TEND_REST = 4  # a walk over the blocks rests so many times as long as it works,
+REST_SECONDS = 1.0  # but no longer after each BATCH: it may have worked on repairs, or waited
 SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
 PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
 MERGE_SECONDS = 0.5  # by then a lone node has answered what it was asked before
@@ -3403,7 +3404,8 @@ class Housekeeping:
                 freed += self._collect(sorted(unused), suspects)
                 batch = [block for block in batch if block not in unused]
             self._replicate(batch, announce)
-            if self.store.closing.wait(TEND_REST * (self.node.clock() - began)):
+            worked = self.node.clock() - began
+            if self.store.closing.wait(min(TEND_REST * worked, REST_SECONDS)):
                 return
         self._suspects = suspects
         if announce:
