@@ -4700,6 +4700,22 @@ class InProcess:
         return socket.create_connection(self.server.server_address[:2], timeout=20)
 
 
+def slow_once() -> Callable[[zs3.Request], zs3.Response]:
+    """Answers the first request after more than a turn, and then at once."""
+    pauses = [0.3]
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        time.sleep(pauses.pop() if pauses else 0.0)
+        return zs3.Response(200)
+
+    return respond
+
+
+def no_thread(_: threading.Thread) -> None:
+    """Thread.start where the system has none left."""
+    raise RuntimeError("can't start new thread")
+
+
 PLAIN_GET = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
@@ -4728,14 +4744,11 @@ def test_beside_a_long_request_the_others_go_on_one_after_the_other(
 def test_a_client_that_keeps_us_waiting_has_to_go_where_no_thread_is_to_be_had(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
         client.sendall(PLAIN_GET)
         assert client.recv(4096)
         with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", refuse)
+            patched.setattr(threading.Thread, "start", no_thread)
             server.server._spare = 0
             client.sendall(PLAIN_GET[:5])
             assert client.recv(4096) == b"" and "can't start new thread" in caplog.text
@@ -4755,14 +4768,11 @@ def answers(client: socket.socket, count: int) -> int:
 def test_pipelined_requests_are_all_answered_though_no_thread_is_to_be_had(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
         client.sendall(PLAIN_GET)
         assert answers(client, 1) == 1
         with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", refuse)
+            patched.setattr(threading.Thread, "start", no_thread)
             server.server._spare = 0
             client.sendall(PLAIN_GET * 3)
             assert answers(client, 3) == 3
@@ -4789,13 +4799,7 @@ def test_a_block_that_is_lost_midway_cuts_the_answer_short_and_adds_nothing() ->
 
 def test_who_waits_no_more_gives_its_thread_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zs3, "OWN_SECONDS", 0.2)
-    pauses = [0.3]
-
-    def respond(_: zs3.Request) -> zs3.Response:
-        time.sleep(pauses.pop() if pauses else 0.0)
-        return zs3.Response(200)
-
-    with InProcess(respond) as server, server.connect() as client:
+    with InProcess(slow_once()) as server, server.connect() as client:
         deadline = time.monotonic() + 10
         alone = []
         while not (any(alone) and not alone[-1]):
@@ -4818,13 +4822,7 @@ def test_a_line_end_after_a_request_takes_no_thread() -> None:
 
 def test_a_time_out_is_as_long_after_a_slow_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zs3, "SOCKET_SECONDS", 1.0)
-    pauses = [0.3]
-
-    def respond(_: zs3.Request) -> zs3.Response:
-        time.sleep(pauses.pop() if pauses else 0.0)
-        return zs3.Response(200)
-
-    with InProcess(respond) as server, server.connect() as client:
+    with InProcess(slow_once()) as server, server.connect() as client:
         client.sendall(PLAIN_GET)
         assert answers(client, 1) == 1
         client.sendall(PLAIN_GET[:5])
@@ -5165,15 +5163,22 @@ def stored(store: zs3.FileStore, body: bytes, **headers: str) -> zs3.ObjectInfo:
     return store.put_object("bucket", "k", reader, headers, zs3.NO_CONDITION)
 
 
-def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def without_attributes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> zs3.FileStore:
+    """A store with a bucket on a file system that has no extended attributes."""
+
     def refuse(*_: object) -> None:
         raise OSError("this file system has no attributes")
 
     monkeypatch.setattr(os, "setxattr", refuse)
     store = zs3.FileStore(str(folder))
     store.create_bucket("bucket")
+    return store
+
+
+def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = without_attributes(folder, monkeypatch)
     described = store._write_record
 
     def then_begin_anew(*given: Any) -> zs3.ObjectInfo:
@@ -5192,13 +5197,7 @@ def test_a_read_beside_a_write_has_its_description_though_a_snapshot_links_the_f
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without attributes, the description of what was replaced is gone, but not the file."""
-
-    def refuse(*_: object) -> None:
-        raise OSError("this file system has no attributes")
-
-    monkeypatch.setattr(os, "setxattr", refuse)
-    store = zs3.FileStore(str(folder))
-    store.create_bucket("bucket")
+    store = without_attributes(folder, monkeypatch)
     stored(store, b"old")
     os.link(folder / "bucket" / "k", folder / "snapshot")
     opened = zs3.open_file

@@ -319,12 +319,11 @@ def xml(**fields: object) -> Xml:
     is escaped; Xml stands as it is, and so do numbers; True and False in lower case."""
     text = ""
     for name, value in fields.items():
-        if type(value) is str:
-            text += f"<{name}>{escape(value)}</{name}>"
-        elif type(value) is list:
-            text += "".join([xml(**{name: item}) for item in value])
-        elif value is not None:
-            text += f"<{name}>{str(value).lower() if type(value) is bool else value}</{name}>"
+        for item in value if type(value) is list else (value,):
+            if type(item) is str:
+                text += f"<{name}>{escape(item)}</{name}>"
+            elif item is not None:
+                text += f"<{name}>{str(item).lower() if type(item) is bool else item}</{name}>"
     return Xml(text)
 
 
@@ -1332,7 +1331,7 @@ class ObjectInfo:
     @classmethod
     def from_record(cls, key: str, record: Mapping[str, Any]) -> ObjectInfo:
         """The inverse of record()."""
-        parts = tuple([PartInfo(*part) for part in record.get("parts", ())])
+        parts = tuple(PartInfo(*part) for part in record.get("parts", ()))
         return cls(
             key, record["size"], record["etag"], record["modified"], record.get("headers", {}),
             record.get("checksums", {}), record.get("checksum_type", ""), parts,
