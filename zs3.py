@@ -3464,7 +3464,7 @@ class Connection(BaseRequestHandler):
         left = self.waited + OWN_SECONDS - time.monotonic()
         return left > 0 and bool(poller.poll(left * 1000))
 
-    def _wait(self) -> bool:
+    def wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
         self.waited = time.monotonic()
         if self.patient:
@@ -3478,7 +3478,7 @@ class Connection(BaseRequestHandler):
         try:
             return call(*given)
         except BlockingIOError:
-            if not self._wait():
+            if not self.wait():
                 raise
             return call(*given)
 
@@ -3497,7 +3497,7 @@ class Connection(BaseRequestHandler):
                 began = time.monotonic()
                 request = self._parse(head)
                 if self.server.service.waits(request) or not request.wire.is_small():
-                    self._wait()
+                    self.wait()
                 return self._finish(request, self._respond(request), began)
         except S3Error as error:  # in the head: nobody knows where the next request begins
             request = Request(
@@ -3573,7 +3573,7 @@ class Connection(BaseRequestHandler):
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
         content, start, left = body
         if left > LARGE_BYTES:
-            self._wait()
+            self.wait()
         if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
             self._write(head, getattr(socket, "MSG_MORE", 0))
             send = functools.partial(self._patiently, os.sendfile, self.socket.fileno())
@@ -3605,7 +3605,7 @@ class Connection(BaseRequestHandler):
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
         not our answer. (RFC 9112, 9.6)"""
-        self._wait()
+        self.wait()
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
         with contextlib.suppress(OSError):  # the client has gone, or does not stop
@@ -3712,7 +3712,7 @@ class Server(ThreadingHTTPServer):
 
     def _answer_alone(self, connection: Connection, good: bool) -> None:
         """Go on with the connection that ended the turn, as long as its requests have to wait."""
-        connection.patient, connection.waited = True, time.monotonic()
+        connection.wait()
         while good and connection.has_more():
             good = connection.answer_next()
         if good:
