@@ -4693,8 +4693,8 @@ class InProcess:
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
-        self.server.finish()
         self.thread.join()
+        self.server.finish()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.server.server_address[:2], timeout=20)
@@ -4797,6 +4797,68 @@ def test_a_block_that_is_lost_midway_cuts_the_answer_short_and_adds_nothing() ->
         assert file.read().partition(b"\r\n\r\n")[2] == b"whole"
 
 
+def test_an_object_of_which_no_byte_can_be_had_is_an_error_like_any_other() -> None:
+    def respond(request: zs3.Request) -> zs3.Response:
+        return zs3.Response(200, body=zs3.Stream(Broken(), 0, 10) if request.path == "/b" else b"")
+
+    class Broken:
+        def chunks(self, start: int, length: int) -> Iterator[bytes]:
+            raise zs3.S3Error("SlowDown")
+            yield b""
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def log(request: zs3.Request, status: int, length: int, seconds: float) -> str:
+        logged.append((request.path, status, length > 0))
+        return ""
+
+    closed: list[Broken] = []
+    logged: list[tuple[str, int, bool]] = []
+    with InProcess(respond) as server, server.connect() as client:
+        server.server.log = log
+        client.sendall(PLAIN_GET.replace(b"/ ", b"/b ", 1))
+        head, _, body = client.recv(4096).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503") and b"<Code>SlowDown</Code>" in body
+        client.sendall(PLAIN_GET)
+        assert answers(client, 1) == 1
+    assert logged == [("/b", 503, True), ("/", 200, False)] and len(closed) == 1
+
+
+@pytest.mark.parametrize("error", [TimeoutError, BlockingIOError, ConnectionError])
+def test_a_disk_that_fails_as_a_network_does_is_not_a_client_that_went_away(
+    error: type[OSError], caplog: pytest.LogCaptureFixture
+) -> None:
+    def respond(_: zs3.Request) -> zs3.Response:
+        raise error("of a network file system")
+
+    with InProcess(respond) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert client.recv(4096).startswith(b"HTTP/1.1 500")
+    assert "of a network file system" in caplog.text
+
+
+def test_an_answer_is_whole_though_its_connection_is_closed_with_a_request_behind_it() -> None:
+    """Closing a connection that has unread bytes resets it, and drops what is not sent yet."""
+    asked, sent = threading.Event(), threading.Event()
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        asked.set()
+        assert sent.wait(10)
+        return zs3.Response(200, body=bytes(8 << 20))
+
+    with InProcess(respond) as server, server.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert asked.wait(10)
+        client.sendall(PLAIN_GET)
+        sent.set()
+        time.sleep(0.2)
+        received = 0
+        while data := client.recv(1 << 20):
+            received += len(data)
+        assert received > 8 << 20
+
+
 def test_who_waits_no_more_gives_its_thread_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zs3, "OWN_SECONDS", 0.2)
     with InProcess(slow_once()) as server, server.connect() as client:
@@ -4874,6 +4936,50 @@ def test_each_new_connection_beyond_the_limit_ends_another(
                 client.recv(1)
 
 
+def test_a_connection_that_waits_for_its_answer_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zs3, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(zs3, "OWN_SECONDS", 0.0)
+    server = InProcess(lambda request: zs3.Response(200))
+    with contextlib.closing(server.server.socket), contextlib.ExitStack() as held:
+        clients = [held.enter_context(server.connect()) for _ in range(4)]
+        for client in clients:
+            client.sendall(PLAIN_GET)
+            server.server.process_request(*server.server.get_request())
+        for each in server.server._connections:
+            held.enter_context(each.socket)
+        assert len(server.server._connections) == 3
+        assert clients[3].recv(4096).startswith(b"HTTP/1.1 503")
+
+
+def test_finish_waits_for_a_request_that_was_read_but_not_understood_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, real = threading.Event(), zs3.Wire.read_head
+    answered = []
+
+    def read_head(wire: zs3.Wire) -> bytes:
+        head = real(wire)
+        if head and answered:
+            reading.set()
+            time.sleep(0.3)
+        return head
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        time.sleep(0.0 if answered else 0.3)  # the first makes the connection one of its own thread
+        answered.append(True)
+        return zs3.Response(200)
+
+    monkeypatch.setattr(zs3.Wire, "read_head", read_head)
+    with InProcess(respond) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert answers(client, 1) == 1
+        client.sendall(PLAIN_GET)
+        assert reading.wait(10)
+    assert len(answered) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "waits"),
     [
@@ -4916,6 +5022,19 @@ def test_what_was_sent_before_sigterm_is_answered(folder: Path) -> None:
         assert len(lost) == 30 and not any(lost)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_connection_that_was_made_before_sigterm_is_answered(folder: Path, workers: int) -> None:
+    with Server(ACL, f"--workers={workers}", data=folder) as server, contextlib.ExitStack() as held:
+        clients = []
+        for _ in range(200):
+            address = ("127.0.0.1", server.port)
+            clients.append(held.enter_context(socket.create_connection(address, timeout=20)))
+            clients[-1].sendall(b"GET /_zs3/health HTTP/1.1\r\nhost: a\r\n\r\n")
+        server.process.terminate()
+        assert all(client.recv(4096).startswith(b"HTTP/1.1 200") for client in clients)
+        assert server.process.wait(20) == 0
+
+
 def test_workers_take_new_connections_at_once_beside_idle_ones(folder: Path) -> None:
     with (
         Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server,
@@ -4943,6 +5062,17 @@ def test_connections_that_are_silent_have_no_threads(folder: Path) -> None:
             assert connection.answer().error == "NoSuchKey"
         assert len(os.listdir(f"/proc/{server.process.pid}/task")) < 10
         s3.close()
+
+
+def test_at_the_limit_of_open_files_a_silent_connection_has_to_go(folder: Path) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+    run = limit + CHANGED.format("zs3.OWN_SECONDS = 0.1")
+    with Server(ACL, data=folder, prelude=run) as server, contextlib.ExitStack() as held:
+        for _ in range(80):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            client.settimeout(10)
+            client.sendall(b"GET /_zs3/health HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
 
 
 def test_at_the_limit_of_connections_a_silent_one_has_to_go(folder: Path) -> None:
@@ -5736,6 +5866,51 @@ def test_workers_share_one_socket(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is told of that")
+def test_stopping_workers_take_no_new_connections(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server:
+        s3 = server.client("bucket")
+        with s3.connect() as connection:
+            connection.send(signed_put(s3, "slow", 10, expect="100-continue"))
+            assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+            connection.file.readline()
+            server.process.terminate()
+            deadline = time.monotonic() + 5
+            while reachable("127.0.0.1", server.port):
+                assert time.monotonic() < deadline, "still accepting"
+                time.sleep(0.01)
+            connection.send(b"0123456789")
+            connection.answer().ok()
+        assert server.process.wait(10) == 0
+        s3.close()
+
+
+def test_a_worker_is_replaced_even_if_that_fails_at_first_and_its_end_was_to_be_ignored(
+    folder: Path,
+) -> None:
+    change = """
+import errno, os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+zs3.RESPAWN_SECONDS = 0.1
+real, refusals = os.fork, [None, None, OSError(errno.ENOMEM, "no memory"), None]
+def fork():
+    if error := refusals.pop(0):
+        raise error
+    print("zs3: forked", file=sys.stderr, flush=True)
+    return real()
+os.fork = fork
+"""
+    run = CHANGED.format(change)
+    with Server(ACL, "--workers=2", data=folder, prelude=run) as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        server.wait_for_line("no memory")
+        deadline = time.monotonic() + 10
+        while len(server.lines) < 3 or sum("forked" in line for line in server.lines) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert len(children.read_text().split()) == 2 and server.stop() == 0
+
+
 def test_workers_end_with_their_parent(folder: Path) -> None:
     with Server(ACL, "--workers=3", data=folder) as server:
         parent = server.process.pid
@@ -6064,6 +6239,26 @@ def test_a_port_in_use_is_said_plainly(folder: Path) -> None:
         answer = run_zs3(ACL, f"--port={server.port}", f"--data-dir={folder}")
         assert answer.returncode != 0 and str(server.port) in answer.stderr
         assert "Traceback" not in answer.stderr
+
+
+def test_what_is_logged_gets_into_no_file_or_connection_that_took_the_number_of_the_log(
+    folder: Path,
+) -> None:
+    """Whoever starts the server may have closed its standard input, output and error."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = f'exec "{sys.executable}" "{HERE / "zs3.py"}" --port={port} "--data-dir={folder}"'
+    process = subprocess.Popen(["sh", "-c", f"{command} <&- >&- 2>&-"])
+    try:
+        deadline = time.monotonic() + 20
+        while not reachable("127.0.0.1", port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        open_files = Path(f"/proc/{process.pid}/fd")
+        assert {os.readlink(open_files / number) for number in "012"} == {os.devnull}
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_a_signal_right_after_the_banner_is_exit_0(folder: Path) -> None:

@@ -114,6 +114,7 @@ MAX_CHUNK_LINE_BYTES = 512  # a chunk's size and signature
 MAX_PRESIGNED_SECONDS = 7 * 24 * 3600  # X-Amz-Expires; S3 "Query string authentication"
 MAX_SKEW_SECONDS = 15 * 60  # between a request's date and ours; S3 "RequestTimeTooSkewed"
 MAX_CONNECTIONS = 1024  # per process; then a silent one has to go, or the next is told SlowDown
+BACKLOG = 1024  # connections that were made and wait to be accepted
 MAX_FILE_NAME_BYTES = 255  # of a path component, on every file system in use
 MAX_CACHED_NAMES = 2_000_000  # directory entries remembered for listings; about 100 bytes each
 DIRECTORY_NAMES = 8  # a remembered directory counts as this many names beside its own
@@ -224,6 +225,14 @@ class S3Error(Exception):
         self.headers: dict[str, str] = {}
         self.details = details
         super().__init__(f"{code}: {self.message}")
+
+
+class Gone(Exception):
+    """The client went away: there is nobody to answer. No OSError: that is of the server's side."""
+
+
+class Silent(Gone):
+    """The client sends or takes nothing for SOCKET_SECONDS."""
 
 
 def as_s3_error(error: S3Error | OSError) -> S3Error:
@@ -833,7 +842,7 @@ class WireBody(io.RawIOBase):
             return 0
         try:
             return self._read(memoryview(buffer).cast("B"))
-        except BlockingIOError:  # what a time-out is on the connections of section 11
+        except Silent:
             raise S3Error("RequestTimeout") from None
 
     def _read(self, view: memoryview) -> int:
@@ -3411,8 +3420,16 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
-# What a client that went away or stopped is: BlockingIOError is the kernel's time-out.
-GONE = (ConnectionError, BlockingIOError, TimeoutError)
+def has_come(those: Iterable[Any], seconds: float = 0.0) -> bool:
+    """Whether one of these connections or servers has, within `seconds`, what nobody has read or
+    accepted."""
+    poller = select.poll()
+    try:
+        for each in those:
+            poller.register(each.socket, select.POLLIN)
+    except ValueError:
+        return True  # one has just been closed: look again
+    return bool(poller.poll(seconds * 1000))
 
 
 class Connection(BaseRequestHandler):
@@ -3426,7 +3443,7 @@ class Connection(BaseRequestHandler):
 
     def setup(self) -> None:
         """Prepare to read it, at first without waiting. Later, time-outs are the kernel's, which
-        saves a poll a call; one that runs out is a BlockingIOError."""
+        saves a poll a call."""
         self.socket: socket.socket = self.request
         self.enter()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3437,11 +3454,13 @@ class Connection(BaseRequestHandler):
         self.waits_since = time.monotonic()  # for its next request; infinity: it does not
 
     def answer_next(self) -> bool:
-        """Answer a request. Whether the connection is good for another."""
+        """Answer a request, which is under way before it is read: Server.finish() shall not miss
+        it. Whether the connection is good for another."""
         self.waits_since = math.inf
         try:
-            return self._answer_next()
-        except GONE:
+            with self.server.under_way():
+                return self._answer_next()
+        except Gone:
             LOG.debug("%s went away", self.client_address[0])
         except BaseException:  # a panic of a library, too
             self.server.handle_error(self.request, self.client_address)
@@ -3457,12 +3476,8 @@ class Connection(BaseRequestHandler):
 
     def has_more(self) -> bool:
         """Whether another request comes soon after one that had to wait."""
-        if self.wire.buffered():
-            return True
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
         left = self.waited + OWN_SECONDS - time.monotonic()
-        return left > 0 and bool(poller.poll(left * 1000))
+        return self.wire.buffered() > 0 or (left > 0 and has_come([self], left))
 
     def wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
@@ -3474,13 +3489,19 @@ class Connection(BaseRequestHandler):
         return self.patient
 
     def _patiently(self, call: Callable[..., Any], *given: Any) -> Any:
-        """What cannot be done without waiting is tried once more, and then it waits."""
+        """What cannot be done without waiting is tried once more, and then it waits. Gone, and
+        Silent when the kernel's time-out has run out, which is a BlockingIOError, too."""
         try:
-            return call(*given)
+            try:
+                return call(*given)
+            except BlockingIOError:
+                if not self.wait():
+                    raise
+                return call(*given)
         except BlockingIOError:
-            if not self.wait():
-                raise
-            return call(*given)
+            raise Silent from None
+        except (ConnectionError, TimeoutError):
+            raise Gone from None
 
     def enter(self) -> None:
         """The thread that sees to all is to answer the next request."""
@@ -3493,19 +3514,18 @@ class Connection(BaseRequestHandler):
             head = self.wire.read_head()
             if not head:
                 return False
-            with self.server.under_way():
-                began = time.monotonic()
-                request = self._parse(head)
-                if self.server.service.waits(request) or not request.wire.is_small():
-                    self.wait()
-                return self._finish(request, self._respond(request), began)
-        except S3Error as error:  # in the head: nobody knows where the next request begins
+            began = time.monotonic()
+            request = self._parse(head)
+        except S3Error as error:  # nobody knows where the next request begins
             request = Request(
                 "-", "-", "", {}, self.server.service.settings, client=self.client_address[0],
                 id=self.server.new_id(),
             )
             request.wire.ended = False
             return self._finish(request, error_response(request, error), began)
+        if self.server.service.waits(request) or not request.wire.is_small():
+            self.wait()
+        return self._finish(request, self._respond(request), began)
 
     def _parse(self, head: bytes) -> Request:
         method, path, raw_query, version, headers = parse_head(head)
@@ -3523,7 +3543,7 @@ class Connection(BaseRequestHandler):
     def _respond(self, request: Request) -> Response:
         try:
             return self.server.service.respond(request)
-        except GONE:
+        except Gone:
             raise
         except Exception:
             LOG.exception("%s %s (request %s)", request.method, request.path, request.id)
@@ -3533,21 +3553,26 @@ class Connection(BaseRequestHandler):
     def _finish(self, request: Request, response: Response, began: float) -> bool:
         """Send the answer, log it, and get rid of a body that nobody read. Whether to go on."""
         asked, length = request.header("connection").lower(), 0
+        content = response.body.content if isinstance(response.body, Stream) else None
         keep = (
             request.wire.ended and not request.wire.proceed
             and (asked == "keep-alive" if request.version == "HTTP/1.0" else "close" not in asked)
             and not self.server.stopping
         )
         try:
-            length = self._send(request, response, keep)
+            try:
+                length = self._send(request, response, keep)
+            except S3Error as error:  # no byte of the object could be had
+                response = error_response(request, error)
+                length = self._send(request, response, keep)
         finally:
-            if isinstance(response.body, Stream):
-                response.body.content.close()
+            if content is not None:
+                content.close()
             of_peer = request.bucket == "_zs3" and request.path not in HEALTH_PATHS
             if self.server.log and not of_peer:
                 seconds = time.monotonic() - began
                 write_line(self.server.log(request, response.status, length, seconds))
-        if not request.wire.ended and not request.wire.proceed:
+        if not keep and (not request.wire.ended or has_come([self])):
             self._linger()
         return keep
 
@@ -3584,7 +3609,7 @@ class Connection(BaseRequestHandler):
             left -= self._send_chunks(head, content.chunks(start, left))
         if left:
             LOG.warning("an object was cut short while it was sent")
-            raise ConnectionError  # all that is left to say so
+            raise Gone  # the client is to see a connection that ended too early
 
     def _send_chunks(self, head: bytes, chunks: Iterator[bytes | memoryview]) -> int:
         """Write them; their number of bytes. An error after the first of them ends the answer."""
@@ -3653,12 +3678,15 @@ class Server(ThreadingHTTPServer):
         self._looked = 0.0  # monotonic; for silent connections
 
     def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
-        """Accept connections, until stop()."""
+        """Accept connections, until shutdown()."""
         with self._lock:
             if not self._has_spare():
                 raise OSError(errno.EAGAIN, "no thread is to be had")
             self._pass_on()
-        super().serve_forever(poll_interval)
+        while not self.stopping:
+            if has_come([self], poll_interval):
+                self.handle_request()
+            self.service_actions()
 
     def _has_spare(self) -> bool:
         """Whether there is a thread that can take the next turn. One is started if need be."""
@@ -3763,7 +3791,7 @@ class Server(ThreadingHTTPServer):
 
     def get_request(self) -> Any:
         """The next connection. At the limit of open files there is none to be had, however often
-        one asks: then wait for others to end."""
+        one asks: then others have to end."""
         if self.shared:  # who is less busy comes first
             since = time.monotonic() - OWN_SECONDS
             busy = sum(each.waits_since > since for each in list(self._connections))
@@ -3772,21 +3800,29 @@ class Server(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._make_room()
                 time.sleep(FULL_SECONDS)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection. When there are too many, one that is silent has to go, or else this
         one is told SlowDown."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            silent = min(list(self._connections), key=lambda each: each.waits_since)
-            if time.monotonic() - silent.waits_since < OWN_SECONDS:
-                return self._refuse(request)
-            silent.end()
+        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
+            return self._refuse(request)
         connection = Connection(request, client_address, self)
         with self._lock:
             self._selector.register(request, selectors.EVENT_READ, connection)
             self._connections.add(connection)
+
+    def _make_room(self) -> bool:
+        """Have the connection end that has been silent for longest, if one is."""
+        silent = min(list(self._connections), key=lambda each: each.waits_since, default=None)
+        if silent is None or time.monotonic() - silent.waits_since < OWN_SECONDS:
+            return False
+        if has_come([silent]):  # it is not silent, but waits for its turn
+            return False
+        silent.end()
+        return True
 
     def _refuse(self, connection: socket.socket) -> None:
         refused = Request("GET", "/", "", {}, self.service.settings, id=self.new_id())
@@ -3804,32 +3840,29 @@ class Server(ThreadingHTTPServer):
         """An exception that no connection should raise."""
         LOG.exception("connection from %s", client_address[0])
 
-    def stop(self) -> None:
-        """Make serve_forever return; safe in a signal handler of the thread that runs it."""
+    def shutdown(self) -> None:
+        """Make serve_forever return; safe in a signal handler."""
         self.stopping = True
-        threading.Thread(target=self.shutdown).start()
 
     def finish(self) -> None:
-        """Accept no more, and answer all that has come, for SHUTDOWN_SECONDS at most."""
-        self.server_close()
+        """Accept what connections were made, and no more, and answer all that has come, for
+        SHUTDOWN_SECONDS at most."""
         deadline = time.monotonic() + SHUTDOWN_SECONDS
-        # In this order: a request moves from one of the three to the next.
-        while self._has_come() or self._turn.connection or self._under_way:
-            if time.monotonic() > deadline:
-                break
+        for _ in range(BACKLOG):
+            if has_come([self]):
+                self.handle_request()
+        self.server_close()
+        while self._is_busy() and time.monotonic() < deadline:
             self.service_actions()
             time.sleep(STOP_SECONDS)
         self._closed = True
 
-    def _has_come(self) -> bool:
-        """Whether any client has sent what nobody has read."""
-        poller = select.poll()
-        try:
-            for connection in list(self._connections):
-                poller.register(connection.socket, select.POLLIN)
-        except ValueError:
-            return True  # one has just been closed: look again
-        return bool(poller.poll(0))
+    def _is_busy(self) -> bool:
+        """Whether any request has come that is not answered yet. It is under way before it is read,
+        so this is looked at last."""
+        connections = list(self._connections)
+        waiting = any(each.wire.buffered() for each in connections) or has_come(connections)
+        return waiting or self._under_way > 0
 
 
 # ===== 12 Command line =====
@@ -4067,7 +4100,7 @@ def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.s
     server = Server(listener, service, log, shared=args.workers > 1)
     store.start()
     threading.Thread(target=prepare, args=(args, service), name="prepare", daemon=True).start()
-    handle_signals(server.stop)
+    handle_signals(server.shutdown)
     server.serve_forever()
     server.finish()
     store.close()
@@ -4107,12 +4140,14 @@ def serve_workers(
 ) -> int:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
     replaced; SIGTERM and SIGINT end all, and on Linux so does kill -9 of their parent."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may have ignored it
     workers: set[int] = set()
     parent, stopping = os.getpid(), False
 
     def stop() -> None:
         nonlocal stopping
         stopping = True
+        listener.close()  # else, who comes now would be kept waiting
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, signal.SIGTERM)
@@ -4120,7 +4155,11 @@ def serve_workers(
     while workers or not stopping:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is lost on a worker yet to be
         while not stopping and len(workers) < args.workers:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:
+                LOG.error("cannot start a worker: %s", error.strerror)
+                break
             if pid == 0:
                 with contextlib.suppress(AttributeError):  # there is no such call elsewhere
                     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -4129,11 +4168,13 @@ def serve_workers(
                 os._exit(0)
             workers.add(pid)
         handle_signals(stop)
-        pid, status = os.wait()
-        workers.discard(pid)
-        if not stopping:
+        if workers and (stopping or len(workers) == args.workers):
+            pid, status = os.wait()
+            workers.discard(pid)
+            if stopping:
+                continue
             LOG.error("worker %d ended with status %d", pid, status)
-            time.sleep(RESPAWN_SECONDS)
+        time.sleep(RESPAWN_SECONDS)
     return 0
 
 
@@ -4153,6 +4194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         return check_health(args)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="zs3: %(message)s")
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # whoever started us has closed it; no file or client shall get what is logged
+    os.close(null)
     credentials = choose_credentials(args)
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)
@@ -4161,7 +4205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         what = f"listen on {host}:{args.port}"
         listener = socket.create_server(
-            (host, args.port), family=family, backlog=1024, dualstack_ipv6=both
+            (host, args.port), family=family, backlog=BACKLOG, dualstack_ipv6=both
         )
         what = f"use the folder {args.data_dir}"
         os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
