@@ -1619,6 +1619,19 @@ def test_get_bucket_location(s3: Client) -> None:
     assert s3.on_bucket("GET", "location", bucket="no-such-bucket").error == "NoSuchBucket"
 
 
+def test_a_data_folder_that_was_removed_under_the_server_is_begun_anew(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", data=folder) as server:
+        s3 = server.client("bucket")
+        s3.put("k", b"x").ok()
+        shutil.rmtree(folder)
+        assert s3.put("k", b"x").error == s3.get("k").error == "NoSuchBucket"
+        assert s3.service().ok().texts("Buckets/Bucket/Name") == []
+        s3.on_bucket("PUT").ok()
+        s3.put("k", b"new").ok()
+        assert s3.get("k").ok().body == b"new" and s3.keys() == ["k"]
+        s3.close()
+
+
 def test_a_bucket_with_an_object_is_BucketNotEmpty(s3: Client) -> None:
     s3.put("deep/in/here", b"x").ok()
     assert s3.on_bucket("DELETE").error == "BucketNotEmpty"
@@ -3132,6 +3145,30 @@ def test_a_page_has_at_most_1000_keys(s3: Client) -> None:
     assert len(s3.list(max_keys=10000).texts("Contents/Key")) == 1000
     s3.delete_objects(keys[:1000]).ok()
     assert s3.keys() == keys[1000:]
+
+
+def test_each_key_has_one_version_which_is_null(s3: Client) -> None:
+    """What tools ask that empty a bucket."""
+    for key in ("a", "b/1", "b/2", "c d"):
+        s3.put(key, b"x").ok()
+    query: dict[str, object] = {"versions": "", "delimiter": "/", "max-keys": 2}
+    page = s3.on_bucket("GET", query).ok()
+    assert page.xml.tag == "ListVersionsResult" and page.text("IsTruncated") == "true"
+    assert page.texts("Version/Key") == ["a"] and page.texts("Version/VersionId") == ["null"]
+    assert page.texts("Version/IsLatest") == ["true"]
+    assert page.texts("CommonPrefixes/Prefix") == ["b/"]
+    assert page.text("NextKeyMarker") == "b/" and page.text("NextVersionIdMarker") == "null"
+    rest = query | {"key-marker": "b/", "version-id-marker": "null", "encoding-type": "url"}
+    page = s3.on_bucket("GET", rest).ok()
+    assert page.texts("Version/Key") == ["c%20d"] and page.text("IsTruncated") == "false"
+    assert page.text("NextKeyMarker") is None and page.text("KeyMarker") == "b/"
+    found = s3.on_bucket("GET", "versions").ok()
+    named = [f"<Object><Key>{key}</Key><VersionId>null</VersionId></Object>"
+             for key in found.texts("Version/Key")]  # fmt: skip
+    document = f"<Delete>{''.join(named)}</Delete>".encode()
+    given = {"content-md5": md5_base64(document)}
+    assert len(s3.on_bucket("POST", "delete", document, given).ok().texts("Deleted/Key")) == 4
+    assert s3.on_bucket("GET", "versions").ok().texts("Version/Key") == s3.keys() == []
 
 
 def test_encoding_type_url_encodes_every_name(s3: Client) -> None:
@@ -4809,8 +4846,8 @@ def test_an_object_of_which_no_byte_can_be_had_is_an_error_like_any_other() -> N
         def close(self) -> None:
             closed.append(self)
 
-    def log(request: zs3.Request, status: int, length: int, seconds: float) -> str:
-        logged.append((request.path, status, length > 0))
+    def log(request: zs3.Request, response: zs3.Response, length: int, seconds: float) -> str:
+        logged.append((request.path, response.status, length > 0))
         return ""
 
     closed: list[Broken] = []
@@ -4880,6 +4917,14 @@ def test_a_line_end_after_a_request_takes_no_thread() -> None:
             client.sendall(PLAIN_GET + b"\r\n")
             assert answers(client, 1) == 1
         assert threading.active_count() < before + 5
+
+
+def test_tls_is_refused_at_once() -> None:
+    """Its first bytes hold no line end, for which a request's head is waited for."""
+    with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        answer = client.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 400") and b"only http:// is spoken here" in answer
 
 
 def test_a_time_out_is_as_long_after_a_slow_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5256,6 +5301,20 @@ def test_a_file_copied_in_is_an_object_at_once(disk: Client) -> None:
     assert disk.get("copy").ok().body == b"copied in"
     disk.delete("new/sub/file.txt").ok()
     assert not (disk.folder / "new/sub/file.txt").exists()
+
+
+def test_the_name_of_a_file_copied_in_says_what_it_is(disk: Client) -> None:
+    (disk.folder / "site").mkdir()
+    for name, kind in (("index.html", "text/html"), ("a.css", "text/css"), ("a.PNG", "image/png"),
+                       ("a", "binary/octet-stream"), ("a.zzz", "binary/octet-stream")):  # fmt: skip
+        (disk.folder / "site" / name).write_bytes(b"x")
+        assert disk.get(f"site/{name}").ok().headers["content-type"] == kind
+        assert disk.head(f"site/{name}").ok().headers["content-type"] == kind
+    disk.put("put.html", b"x").ok()
+    assert disk.head("put.html").headers["content-type"] == "binary/octet-stream"
+    disk.put("typed.html", b"x", content_type="text/plain").ok()
+    (disk.folder / "typed.html").write_bytes(b"edited")
+    assert disk.head("typed.html").headers["content-type"] == "text/plain"
 
 
 def test_a_copy_of_a_file_made_by_hand_has_the_md5_of_its_bytes(disk: Client) -> None:
@@ -6143,7 +6202,63 @@ def test_what_kubernetes_says_of_a_service_called_zs3_is_no_port(
 def test_replicas_are_an_odd_number(replicas: int, taken: bool) -> None:
     """A majority of an even number bears no more losses, and half of it could read alone."""
     with contextlib.nullcontext() if taken else pytest.raises(SystemExit):
-        assert zs3.parse_arguments([f"--replicas={replicas}"]).replicas == replicas
+        args = zs3.parse_arguments(["--distributed", f"--replicas={replicas}"])
+        assert args.replicas == replicas
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--bootstrap=a:1", "--discover", "--advertise=a:1", "--cluster-secret=s", "--replicas=5",
+     "--gossip-interval-ms=100", "--gc-grace=1s", "--tombstone-grace=1s", f"--forget={'0' * 40}"],
+)  # fmt: skip
+def test_what_only_a_cluster_can_do_is_refused_without_one(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        zs3.parse_arguments([given])
+    assert f"{given.partition('=')[0]} needs --distributed" in capsys.readouterr().err
+    zs3.parse_arguments(["--distributed", given])
+
+
+def test_an_origin_has_a_scheme(capsys: pytest.CaptureFixture[str]) -> None:
+    """Or else it would match none that a browser sends."""
+    assert zs3.parse_arguments(["--cors-origin=*,http://a:1"]).cors_origin == ["*", "http://a:1"]
+    with pytest.raises(SystemExit):
+        zs3.parse_arguments(["--cors-origin=example.com"])
+    assert "'example.com' is no origin" in capsys.readouterr().err
+
+
+def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What one of them wrote would seem to be lost in the other."""
+    standalone = ["--port=0", f"--data-dir={folder}"]
+    (folder / "bucket").mkdir(parents=True)
+    assert zs3.main([*standalone, "--distributed"]) == 1
+    assert "it has the buckets of a standalone server" in capsys.readouterr().err
+    (folder / ".node_id").write_text("0" * 40)
+    assert zs3.main(standalone) == 1
+    assert "it is that of a node, which needs --distributed" in capsys.readouterr().err
+    zs3.prepare_folder(zs3.parse_arguments([*standalone, "--distributed"]))
+    (folder / ".node_id").unlink()
+    zs3.prepare_folder(zs3.parse_arguments(standalone))
+
+
+@pytest.mark.parametrize("part", ["", "/.tmp"])
+def test_a_folder_that_cannot_be_written_is_said_at_the_start(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != f"{folder}{part}")
+    assert zs3.main(["--port=0", f"--data-dir={folder}"]) == 1
+    assert f"no permission to read and write in {folder}{part}\n" in capsys.readouterr().err
+
+
+def test_distributed_mode_without_its_module_says_which(tmp_path: Path) -> None:
+    shutil.copy(HERE / "zs3.py", tmp_path / "zs3.py")
+    # -S: no packages, of which this may be one.
+    command = [sys.executable, "-S", str(tmp_path / "zs3.py"), "--distributed", "--port=0"]
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert run.returncode == 1 and "needs zs3_dist.py beside zs3.py" in run.stderr
 
 
 def test_minios_variables_are_honoured(folder: Path) -> None:
@@ -6237,8 +6352,9 @@ def test_check_finds_a_server_on_all_ipv6_addresses(folder: Path) -> None:
 def test_a_port_in_use_is_said_plainly(folder: Path) -> None:
     with Server(ACL, data=folder) as server:
         answer = run_zs3(ACL, f"--port={server.port}", f"--data-dir={folder}")
-        assert answer.returncode != 0 and str(server.port) in answer.stderr
-        assert "Traceback" not in answer.stderr
+        where = f"0.0.0.0:{server.port}"
+        assert answer.returncode == 1
+        assert answer.stderr == f"zs3: cannot listen on {where}: Address already in use\n"
 
 
 def test_what_is_logged_gets_into_no_file_or_connection_that_took_the_number_of_the_log(
@@ -6358,7 +6474,8 @@ def test_the_access_log_in_text(folder: Path) -> None:
         get = TEXT_LINE.search(server.wait_for_line(r'"GET /bucket/a%20b'))
         assert get and get["request"] == "GET /bucket/a%20b HTTP/1.1"
         assert get["status"] == "200" and get["size"] == "5" and get["user"] == ADMIN[1]
-        refused = TEXT_LINE.search(server.wait_for_line("GET /bucket/secret"))
+        assert not re.search(r"[a-z]$", server.wait_for_line(r'"GET /bucket/a%20b'))
+        refused = TEXT_LINE.search(server.wait_for_line(r"GET /bucket/secret.* AccessDenied$"))
         assert refused and refused["status"] == "403" and refused["user"] == "-"
         server.wait_for_line("%22quote")
         assert (
@@ -6374,7 +6491,8 @@ def test_the_access_log_in_json(folder: Path) -> None:
         s3.close()
         line = json.loads(server.wait_for_line("PUT"))
         assert line["method"] == "PUT" and line["target"] == "/bucket/k" and line["status"] == 200
-        json.loads(server.wait_for_line("quote"))
+        assert line["error"] is None
+        assert json.loads(server.wait_for_line("quote"))["error"] == "NoSuchKey"
 
 
 def test_quiet_logs_no_accesses(folder: Path) -> None:

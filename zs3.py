@@ -60,6 +60,7 @@ import itertools
 import json
 import logging
 import math
+import mimetypes
 import mmap
 import os
 import re
@@ -243,7 +244,8 @@ def as_s3_error(error: S3Error | OSError) -> S3Error:
     if code is None:
         raise error
     LOG.error("%s", error)
-    return S3Error(code)
+    whose = "The server may not do this in its own folder: see its log."
+    return S3Error(code, whose if code == "AccessDenied" else "")
 
 
 # ===== 3 Wire encoding =====
@@ -434,6 +436,7 @@ class Response:
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Stream = b""
+    error: str = ""  # its code, for the log
 
     @property
     def length(self) -> int:
@@ -1585,11 +1588,14 @@ class FileStore:
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
         self.waits = self._fsync = fsync
-        for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
-            os.makedirs(os.path.join(self._root, folder), exist_ok=True)
+        self._make_own_folders()
         self._directories = DirectoryCache()
         self._temp_prefix = f"{self._root}/.tmp/{secrets.token_hex(8)}"
         self._temp_count = itertools.count()
+
+    def _make_own_folders(self) -> None:
+        for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
+            os.makedirs(f"{self._root}/{folder}", exist_ok=True)
 
     def start(self) -> None:
         """Remove what earlier servers left half-written, now and then."""
@@ -1638,6 +1644,7 @@ class FileStore:
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
+        self._make_own_folders()  # somebody may have removed everything, to begin anew
         with self._lock(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
@@ -1663,7 +1670,8 @@ class FileStore:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                raise S3Error("BucketNotEmpty", BucketName=bucket) from None  # or it is a link
+                LOG.warning("%s", error)  # what is there is no object: a link, or a file in .keys
+                raise S3Error("BucketNotEmpty", BucketName=bucket) from None
             with contextlib.suppress(OSError):  # made by hand, or the sweep will do it
                 os.unlink(self._created_path(bucket))
                 remove_empty_folders(f"{self._root}/.meta/{bucket}")
@@ -2340,6 +2348,7 @@ STORED_HEADERS = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
     "expires",
 )
+MIME_TYPES = mimetypes.MimeTypes()  # by a name's ending; the same on every machine
 # Request headers that ask for what is not here: the values that ask for nothing, and the error.
 REFUSED_HEADERS: dict[str, tuple[tuple[str, ...], str]] = {
     "content-range": ((), "NotImplemented"),  # a part of an object cannot be put (RFC 9110, 14.5)
@@ -2644,19 +2653,42 @@ def list_objects_v2(store: Store, request: Request) -> Response:
 
 
 def listing(query: ListQuery, page: Page, owner: Xml | None, **fields: object) -> Response:
-    """The ListBucketResult of either version. davix wants all else before Contents."""
+    """The ListBucketResult of either version."""
+    return page_document("ListBucketResult", "Contents", query, page, owner, {}, **fields)
+
+
+def page_document(
+    root: str, each: str, query: ListQuery, page: Page, owner: Xml | None,
+    more: Mapping[str, object], **fields: object,
+) -> Response:
+    """A page of keys, with `more` in each. davix wants all else before the first of them."""
     contents = [
         xml(
-            Key=query.show(info.key), LastModified=iso_date(info.modified), ETag=quoted(info.etag),
-            ChecksumAlgorithm=list(info.checksums), ChecksumType=info.checksum_type or None,
-            Size=info.size, Owner=owner, StorageClass="STANDARD",
+            Key=query.show(info.key), **more, LastModified=iso_date(info.modified),
+            ETag=quoted(info.etag), ChecksumAlgorithm=list(info.checksums),
+            ChecksumType=info.checksum_type or None, Size=info.size, Owner=owner,
+            StorageClass="STANDARD",
         )
         for info in page.contents
     ]
     return document(
-        "ListBucketResult", Name=query.bucket, **query.fields, **fields, MaxKeys=query.limit,
-        IsTruncated=page.next_start is not None, Contents=contents,
+        root, Name=query.bucket, **query.fields, **fields, MaxKeys=query.limit,
+        IsTruncated=page.next_start is not None, **{each: contents},
         CommonPrefixes=[xml(Prefix=query.show(prefix)) for prefix in page.prefixes],
+    )
+
+
+def list_object_versions(store: Store, request: Request) -> Response:
+    """GET /bucket?versions: the one version that each key has, which is called null. Tools that
+    empty a bucket ask so."""
+    query = ListQuery(request, "max-keys")
+    marker = request.query.get("key-marker", "")
+    page = query.page(store, start_after(marker, query.prefix, query.delimiter))
+    following = None if page.next_start is None else query.show(page.last)
+    return page_document(
+        "ListVersionsResult", "Version", query, page, OWNER,
+        {"VersionId": "null", "IsLatest": True}, KeyMarker=query.show(marker), VersionIdMarker="",
+        NextKeyMarker=following, NextVersionIdMarker=following and "null",
     )
 
 
@@ -2719,10 +2751,12 @@ def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, 
 
 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
-    """What GET and HEAD say of an object. `response-*` parameters replace stored headers."""
+    """What GET and HEAD say of an object. `response-*` parameters replace stored headers. What a
+    file is that somebody copied in, its name tells."""
+    guess = MIME_TYPES.guess_type(info.key)[0] if info.etag.endswith("-0") else None
     headers = {
         "Last-Modified": http_date(int(info.modified)), "ETag": quoted(info.etag),
-        "Accept-Ranges": "bytes", "content-type": "binary/octet-stream", **info.headers,
+        "Accept-Ranges": "bytes", "content-type": guess or "binary/octet-stream", **info.headers,
     }
     for name in STORED_HEADERS if request.query else ():
         if (value := request.query.get(f"response-{name}")) is not None:
@@ -3147,6 +3181,7 @@ ROUTES = (
     Route("DELETE", BUCKET, (), delete_bucket, ADMIN),
     Route("GET", BUCKET, ("list-type",), list_objects_v2, READ),
     Route("GET", BUCKET, (), list_objects, READ),
+    Route("GET", BUCKET, ("versions",), list_object_versions, READ),
     Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
     *(Route("GET", BUCKET, (name,), get_configuration, READ) for name in BUCKET_CONFIGURATIONS),
     Route("POST", BUCKET, ("delete",), delete_objects, WRITE),
@@ -3179,11 +3214,12 @@ PARAMETERS = {f"response-{name}" for name in STORED_HEADERS} | {
     "prefix", "delimiter", "marker", "max-keys", "encoding-type", "start-after", "x-id",
     "continuation-token", "fetch-owner", "key-marker", "upload-id-marker", "max-uploads",
     "max-parts", "part-number-marker", "max-buckets", "bucket-region", "versionId",
+    "version-id-marker",
 }  # fmt: skip
 # Sub-resources that may have a value.
 SUBRESOURCES = {name for route in ROUTES for name in route.subresources} | {
     "analytics", "intelligent-tiering", "inventory", "metrics", "restore", "select", "session",
-    "torrent", "versions",
+    "torrent",
 }  # fmt: skip
 
 
@@ -3279,7 +3315,8 @@ def error_response(request: Request, error: S3Error) -> Response:
     fields = {"Code": error.code, "Message": error.message, **error.details}
     told = xml(**fields, Resource=request.path, RequestId=request.id, HostId=HOST_ID)
     headers = {"Content-Type": "application/xml"} | error.headers
-    return Response(error.status, headers, xml_document("Error", told, namespace=""))
+    body = xml_document("Error", told, namespace="")
+    return Response(error.status, headers, body, error.code)
 
 
 def cors_headers(request: Request) -> dict[str, str]:
@@ -3325,6 +3362,8 @@ class Wire:
             if not received:
                 return b""
             self._rest = (self._rest + received).lstrip(b"\r\n")
+            if self._rest[:1] == b"\x16":
+                raise S3Error("InvalidRequest", "This is TLS, but only http:// is spoken here.")
             now = time.monotonic()
             deadline = deadline or now + SOCKET_SECONDS
             if now > deadline:
@@ -3374,30 +3413,30 @@ def logged_target(request: Request) -> str:
     return (f"{request.path}?{query}" if query else request.path).replace('"', "%22")
 
 
-def log_text(request: Request, status: int, length: int, seconds: float) -> str:
-    """The combined format of web servers, with seconds and request id behind it."""
+def log_text(request: Request, response: Response, length: int, seconds: float) -> str:
+    """The combined format of web servers; behind it seconds, request id and an error's code."""
     now = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
     who = request.credential.access if request.credential else "-"
     agent = re.sub(r"[^ -!#-\[\]-~]", "?", request.header("user-agent")) or "-"
     line = f"{request.method} {logged_target(request)} {request.version}"
-    told = f'"{line}" {status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
-    return f"{request.client} - {who} [{now}] {told}"
+    told = f'"{line}" {response.status} {length} "-" "{agent}" {seconds:.6f} {request.id}'
+    return f"{request.client} - {who} [{now}] {told} {response.error}".rstrip()
 
 
-def log_json(request: Request, status: int, length: int, seconds: float) -> str:
+def log_json(request: Request, response: Response, length: int, seconds: float) -> str:
     """The same as JSON."""
     entry = {
         "time": iso_date(time.time()), "client": request.client,
         "access_key": request.credential.access if request.credential else None,
-        "method": request.method, "target": logged_target(request), "status": status,
-        "bytes": length, "seconds": round(seconds, 6), "agent": request.header("user-agent"),
-        "request_id": request.id,
+        "method": request.method, "target": logged_target(request), "status": response.status,
+        "error": response.error or None, "bytes": length, "seconds": round(seconds, 6),
+        "agent": request.header("user-agent"), "request_id": request.id,
     }
     return json.dumps(entry)
 
 
-# --log-format -> the line that a request leaves on standard error, from status, bytes and seconds.
-LogFormat = Callable[[Request, int, int, float], str]
+# --log-format -> the line that a request leaves on standard error, from bytes sent and seconds.
+LogFormat = Callable[[Request, Response, int, float], str]
 LOG_FORMATS: dict[str, LogFormat] = {"text": log_text, "json": log_json}
 
 
@@ -3571,7 +3610,7 @@ class Connection(BaseRequestHandler):
             of_peer = request.bucket == "_zs3" and request.path not in HEALTH_PATHS
             if self.server.log and not of_peer:
                 seconds = time.monotonic() - began
-                write_line(self.server.log(request, response.status, length, seconds))
+                write_line(self.server.log(request, response, length, seconds))
         if not keep and (not request.wire.ended or has_come([self])):
             self._linger()
         return keep
@@ -3891,11 +3930,19 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def parse_origins(text: str) -> list[str]:
+    """Origins as browsers send them, or *."""
+    names = parse_names(text)
+    if wrong := [name for name in names if name != "*" and "://" not in name]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no origin such as https://example.com")
+    return names
+
+
 def parse_buckets(text: str) -> list[str]:
     """Bucket names separated by commas."""
     names = parse_names(text)
     if wrong := [name for name in names if not is_bucket_name(name)]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no bucket name")
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not a valid bucket name")
     return names
 
 
@@ -3962,7 +4009,7 @@ OPTIONS = (
            "who may do what (admin:minioadmin:minioadmin)"),
     Option(SERVER, "public-read", "", "BUCKET,...", parse_buckets, "buckets anyone may read"),
     Option(SERVER, "bucket", "", "BUCKET,...", parse_buckets, "buckets to make at the start"),
-    Option(SERVER, "cors-origin", "", "ORIGIN,...", parse_names,
+    Option(SERVER, "cors-origin", "", "ORIGIN,...", parse_origins,
            "origins whose pages may use the server, * for any"),
     Option(SERVER, "domain", "", "DOMAIN", str, "serve the host BUCKET.DOMAIN as the bucket, too"),
     Option(SERVER, "workers", "1", "N", bounded(1, 64), "processes that share the port"),
@@ -4019,6 +4066,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.distributed and args.workers > 1:
         parser.error("--workers does not go with --distributed: start more nodes instead")
+    for option in OPTIONS:
+        asked = getattr(args, option.name.replace("-", "_")) != option.kind(option.default)
+        if option.group == CLUSTER and asked and not args.distributed:
+            parser.error(f"--{option.name} needs --distributed")
     # The nodes of one machine, started in one directory, get a folder each.
     beside = args.distributed and args.port != PORT
     args.data_dir = args.data_dir or (f"data-{args.port}" if beside else "data")
@@ -4042,6 +4093,8 @@ def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
     if args.distributed:
         try:
             import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
+        except ModuleNotFoundError:
+            sys.exit("zs3: distributed mode needs zs3_dist.py beside zs3.py")
         except ImportError as error:
             sys.exit(f"zs3: {error}")
         return zs3_dist.open_store(args, credentials)
@@ -4083,8 +4136,9 @@ def sweep_uploads(store: Store, expiry: float) -> None:
                 count = expire_uploads(store, bucket, time.time() - expiry)
                 if count:
                     LOG.info("removed %d stale uploads of %s", count, bucket)
-        except (S3Error, OSError) as error:
-            LOG.warning("could not look for stale uploads: %s", error)  # next time, then
+        except (S3Error, OSError) as error:  # next time, then
+            slow = isinstance(error, S3Error) and error.code == "SlowDown"
+            LOG.log(logging.DEBUG if slow else logging.WARNING, "stale uploads: %s", error)
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
@@ -4178,6 +4232,19 @@ def serve_workers(
     return 0
 
 
+def prepare_folder(args: argparse.Namespace) -> None:
+    """Make the data folder, if need be. OSError unless it is of this mode, and can be written."""
+    os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
+    names = os.listdir(args.data_dir)
+    if not args.distributed and ".node_id" in names:
+        raise OSError(errno.EEXIST, "it is that of a node, which needs --distributed")
+    if args.distributed and ".node_id" not in names and any(map(is_bucket_name, names)):
+        raise OSError(errno.EEXIST, "it has the buckets of a standalone server")
+    for folder in (args.data_dir, os.path.join(args.data_dir, ".tmp")):
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission to read and write in {folder}")
+
+
 def raise_limits() -> None:
     """Let every connection have the files open that a copy needs beside its socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4208,9 +4275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             (host, args.port), family=family, backlog=BACKLOG, dualstack_ipv6=both
         )
         what = f"use the folder {args.data_dir}"
-        os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
+        prepare_folder(args)
     except OSError as error:
-        print(f"zs3: cannot {what}: {error.strerror}", file=sys.stderr)
+        # Python names the address once more behind it.
+        print(f"zs3: cannot {what}: {str(error.strerror).partition(' (')[0]}", file=sys.stderr)
         return 1
     args.host, args.port = listener.getsockname()[:2]
     args.data_dir = os.path.abspath(args.data_dir)
