@@ -4545,6 +4545,26 @@ def test_a_request_head_has_at_most_16_kib(disk: Client, size: int) -> None:
             assert answer.error == "RequestHeaderSectionTooLarge"
 
 
+def test_no_pattern_takes_long_over_what_anyone_may_send() -> None:
+    """One that tries every division of a run among its pieces would stop the whole process."""
+    for module in (zs3, zs3_dist):
+        source = Path(module.__file__).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.")):
+                continue
+            pattern = re.compile(ast.literal_eval(node.args[0]))
+            text = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode()
+            literal = re.sub(r"(?:\\s| )[*?+]?", "", text)
+            begins = ["", *re.findall("[a-z-]+[=:]", literal)]
+            for begin, one, between, two in itertools.product(begins, " 0a.", ["", "-"], " 0a."):
+                long = f"\r\n{begin}{one * 1500}{between}{two * 1500}\0"
+                hostile: Any = long if text is pattern.pattern else long.encode()
+                start = time.monotonic()
+                pattern.fullmatch(hostile, 2)
+                pattern.search(hostile)
+                assert time.monotonic() - start < 1, (text, begin, one, between, two)
+
+
 def test_http_1_0(disk: Client) -> None:
     disk.put("k", b"x").ok()
     path = f"/{disk.bucket}/k"
