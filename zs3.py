@@ -109,7 +109,8 @@ MAX_PAGE_ITEMS = 1000  # of one listing; a larger max-keys is taken as this
 MAX_PAGE_BUCKETS = 10_000  # ListBuckets max-buckets
 MAX_DOCUMENT_BYTES = 4 * MiB  # an XML request body: 10,000 parts with checksums fit
 MAX_XML_DEPTH = 8  # of a request body: twice what S3's have
-MAX_XML_ELEMENTS = 100_000  # of a request body: 10,000 parts with number, ETag and checksums fit
+MAX_XML_ELEMENTS = 100_000  # and attributes: 10,000 parts with number, ETag and checksums fit
+MAX_XML_TAG_BYTES = 16 * KiB  # and the text behind it: a key in which all is escaped fits
 MAX_TRAILER_BYTES = 4 * KiB  # everything after the last chunk of a body
 MAX_CHUNK_LINE_BYTES = 512  # a chunk's size and signature
 MAX_PRESIGNED_SECONDS = 7 * 24 * 3600  # X-Amz-Expires; S3 "Query string authentication"
@@ -259,6 +260,7 @@ RANGE = re.compile(r"bytes ?= ?(\d{0,99}) ?- ?(\d{0,99})", re.ASCII | re.IGNOREC
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
 S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
+LONG_TAG = re.compile(rb"<[^<]{%d}" % MAX_XML_TAG_BYTES)
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
 
 
@@ -349,24 +351,26 @@ def xml_document(root: str, *children: Xml, namespace: str = S3_NAMESPACE) -> by
 def parse_xml(document: bytes, root: str) -> Element:
     """The tree of a request body whose root is `root`, without namespaces. MalformedXML for
     anything else, and for a document type declaration, whose entities could grow without end."""
+    if LONG_TAG.search(document):  # whose attributes the parser would keep, all at once
+        raise S3Error("MalformedXML", "The document has too long a tag.")
     builder = TreeBuilder()
-    parser = expat.ParserCreate("utf-8", "}")
+    parser = expat.ParserCreate("utf-8")  # with namespaces, each name would come with a whole one
     depth = elements = 0
 
     def refuse(*_: object) -> None:
         raise S3Error("MalformedXML", "A document type declaration is not accepted.")
 
-    def begin(name: str, _: object) -> None:
+    def begin(name: str, attributes: Mapping[str, str]) -> None:
         nonlocal depth, elements
-        depth, elements = depth + 1, elements + 1
+        depth, elements = depth + 1, elements + 1 + len(attributes)
         if depth > MAX_XML_DEPTH or elements > MAX_XML_ELEMENTS:
             raise S3Error("MalformedXML", "The document has too many elements.")
-        builder.start(name.rpartition("}")[2], {})
+        builder.start(name.rpartition(":")[2], {})
 
     def end(name: str) -> None:
         nonlocal depth
         depth -= 1
-        builder.end(name.rpartition("}")[2])
+        builder.end(name.rpartition(":")[2])
 
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = begin
