@@ -3527,6 +3527,7 @@ BAD_COMPLETES = {
                b"</CompleteMultipartUpload>",
     "number in words": complete_document([("one", "x")]),
     "number in Arabic digits": complete_document([("٣", "x")]),
+    "two ETags": complete_document([(1, "x")], {1: f"<ETag>{md5_hex(b'x')}</ETag>"}),
     "10,001 parts": complete_document([(n, "x") for n in range(1, 10002)]),
     "a DTD": b'<!DOCTYPE x [<!ENTITY a "1">]>' + complete_document([("&a;", "x")]),
     "bad UTF-8": b"<CompleteMultipartUpload>\xff</CompleteMultipartUpload>",
@@ -3917,6 +3918,9 @@ def test_delete_objects_checks_content_md5(s3: Client) -> None:
 BAD_DELETES = {
     "empty": b"", "not XML": b"a", "no objects": b"<Delete/>", "another root": b"<Remove/>",
     "no key": b"<Delete><Object><VersionId>1</VersionId></Object></Delete>",
+    "two keys": b"<Delete><Object><Key>there</Key><Key>b</Key></Object></Delete>",
+    "an element within a key": b"<Delete><Object><Key>there<a/></Key></Object></Delete>",
+    "two ETags": b"<Delete><Object><Key>there</Key><ETag>x</ETag><ETag>*</ETag></Object></Delete>",
     "a key, then none": b"<Delete><Object><Key>there</Key></Object><Object/></Delete>",
     "entities": b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]>'
                 b"<Delete><Object><Key>&a;&a;</Key></Object></Delete>",
@@ -3963,17 +3967,16 @@ def test_delete_objects_refuses_a_document_that_no_thousand_keys_need(s3: Client
 def test_delete_objects_with_a_version_or_an_etag(s3: Client) -> None:
     etag = s3.put("a", b"x").ok().etag
     s3.put("b", b"x").ok()
-    for more in ("<VersionId>17</VersionId>", f"<ETag>{xml_text(OTHER)}</ETag>"):
+    for more in ("<VersionId>17</VersionId>", f"<ETag>{xml_text(OTHER)}</ETag>", "<ETag/>"):
         document = f"<Delete><Object><Key>a</Key>{more}</Object></Delete>".encode()
         answer = s3.on_bucket("POST", "delete", document, {"content-md5": md5_base64(document)})
         code = answer.text("Error/Code") or answer.error
         assert code in ("NoSuchVersion", "NotImplemented", "PreconditionFailed", "InvalidArgument")
         assert s3.keys() == ["a", "b"]
-    document = (
-        f"<Delete><Object><Key>a</Key><ETag>{xml_text(etag)}</ETag></Object></Delete>".encode()
-    )
+    right = f"<Object><Key>a</Key><ETag>{xml_text(etag)}</ETag></Object>"
+    document = f"<Delete>{right}<Object><Key>b</Key><VersionId/></Object></Delete>".encode()
     s3.on_bucket("POST", "delete", document, {"content-md5": md5_base64(document)}).ok()
-    assert s3.keys() == ["b"]
+    assert s3.keys() == []
 
 
 # --- Probes and what is refused ------------------------------------------------------------------

@@ -386,6 +386,14 @@ def parse_xml(document: bytes, root: str) -> Element:
     return tree
 
 
+def child_texts(node: Element) -> dict[str, str]:
+    """Tag -> text of each child. MalformedXML for one that is there twice or has children."""
+    texts = {child.tag: child.text or "" for child in node}
+    if len(texts) < len(node) or any(map(len, node)):
+        raise S3Error("MalformedXML", f"Each element of {node.tag} must be there once, as text.")
+    return texts
+
+
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """Start and length of `bytes=0-99`, `bytes=100-` or `bytes=-100`; InvalidRange past the end.
     None for what is to be ignored (RFC 9110, 14.2): another unit, several ranges, no numbers."""
@@ -2279,7 +2287,7 @@ def parse_part_list(document: bytes) -> list[ListedPart]:
     """The parts of a CompleteMultipartUpload body. MalformedXML, InvalidPartOrder."""
     parts = []
     for node in parse_xml(document, "CompleteMultipartUpload").findall("Part"):
-        fields = {child.tag: (child.text or "").strip() for child in node}
+        fields = {tag: text.strip() for tag, text in child_texts(node).items()}
         number = fields.get("PartNumber", "")
         if not re.fullmatch(r"\d{1,9}", number, re.ASCII) or not fields.get("ETag"):
             raise S3Error("MalformedXML", "Each Part needs a PartNumber and an ETag.")
@@ -2822,28 +2830,28 @@ def delete_objects(store: Store, request: Request) -> Response:
         raise S3Error("InvalidRequest", "Missing required header: Content-MD5 or a checksum")
     expect_checksums(request)
     tree = parse_xml(request.body.read_all(), "Delete")
-    wanted = tree.findall("Object")
+    wanted = [child_texts(node) for node in tree.findall("Object")]
     if not 1 <= len(wanted) <= MAX_DELETE_KEYS:
         raise S3Error("MalformedXML", f"You must name 1 to {MAX_DELETE_KEYS} objects.")
-    if not all(node.findtext("Key") for node in wanted):
+    if not all(fields.get("Key") for fields in wanted):
         raise S3Error("MalformedXML", "Each Object needs a Key.")
     store.stat_bucket(request.bucket)
-    results = [delete_one(store, request.bucket, node) for node in wanted]
+    results = [delete_one(store, request.bucket, fields) for fields in wanted]
     if (tree.findtext("Quiet") or "").strip().lower() == "true":
         results = [result for result in results if result.startswith("<Error>")]
     return document("DeleteResult", *results)
 
 
-def delete_one(store: Store, bucket: str, node: Element) -> Xml:
-    """Delete what an Object element names; <Deleted> or <Error>."""
-    key = node.findtext("Key", "")
+def delete_one(store: Store, bucket: str, fields: Mapping[str, str]) -> Xml:
+    """Delete what an Object element names, whose children `fields` are; <Deleted> or <Error>."""
+    key = fields["Key"]
     try:
         check_key(key)
-        if (node.findtext("VersionId") or "null") != "null":
+        if (fields.get("VersionId") or "null") != "null":
             raise S3Error("NoSuchVersion")
-        if node.find("Size") is not None or node.find("LastModifiedTime") is not None:
+        if fields.keys() & {"Size", "LastModifiedTime"}:
             raise S3Error("NotImplemented", "The only condition of a deletion here is an ETag.")
-        store.delete_object(bucket, key, Condition(if_match=node.findtext("ETag") or None))
+        store.delete_object(bucket, key, Condition(if_match=fields.get("ETag")))
     except (S3Error, OSError) as raised:
         error = as_s3_error(raised)
         return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
