@@ -3814,6 +3814,18 @@ def test_a_copy_of_a_multipart_object_is_one_object(s3: Client) -> None:
     assert got.body == b"".join(PARTS) and got.etag == etag and got.headers["x-amz-meta-a"] == "1"
 
 
+@pytest.mark.parametrize("directive", ["COPY", "REPLACE"])
+def test_completing_an_upload_at_the_key_of_a_copy_is_NoSuchUpload(
+    s3: Client, directive: str
+) -> None:
+    number = s3.create_upload("source")
+    parts = [(1, s3.put_part("source", number, 1, b"x").ok().etag)]
+    s3.complete("source", number, parts).ok()
+    s3.copy("source", "k", x_amz_metadata_directive=directive).ok()
+    assert s3.complete("k", number, parts).error == "NoSuchUpload"
+    s3.complete("source", number, parts).ok()
+
+
 def test_a_range_across_parts(s3: Client) -> None:
     s3.multipart("k", PARTS).ok()
     body = b"".join(PARTS)

@@ -2925,6 +2925,7 @@ def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Conten
 
 def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
     """What the copy of `info` shall be: x-amz-metadata-directive decides whose headers it has."""
+    info = replace(info, upload_id="")  # lest its Complete, repeated, succeed at the copy's key
     directive = request.header("x-amz-metadata-directive") or "COPY"
     if directive not in ("COPY", "REPLACE"):
         raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
