@@ -1288,10 +1288,12 @@ def test_a_header_named_twice_in_signed_headers_is_refused_with_a_small_answer(s
         assert answer.error == "AccessDenied" and len(answer.body) < 1000
 
 
-def test_the_date_header_stands_in_for_x_amz_date(s3: Client) -> None:
+@pytest.mark.parametrize("form", [http_date, amz_date])
+def test_the_date_header_stands_in_for_x_amz_date(s3: Client, form: Callable[[float], str]) -> None:
+    """In either form. (AWS General Reference, "Handling dates in Signature Version 4".)"""
     now = time.time()
     signer = Signer(date=amz_date(now))
-    headers = {"host": s3.host, "date": http_date(now), "x-amz-content-sha256": EMPTY_SHA256}
+    headers = {"host": s3.host, "date": form(now), "x-amz-content-sha256": EMPTY_SHA256}
     signature = signer.signature("GET", f"/{s3.bucket}", "", headers, EMPTY_SHA256)
     headers["authorization"] = signer.authorization(headers, signature)
     s3.exchange("GET", head_bytes("GET", f"/{s3.bucket}", headers)).ok()

@@ -679,10 +679,9 @@ def authorization_from_header(request: Request) -> Authorization:
         raise S3Error("AuthorizationHeaderMalformed")
     amz_date = request.header("x-amz-date")
     if not amz_date:
-        seconds = parse_http_date(request.header("date"))
-        if seconds is None:
-            raise S3Error("AccessDenied", "A signed request needs a Date or x-amz-date header.")
-        amz_date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
+        amz_date = request.header("date")  # in either form
+        if (seconds := parse_http_date(amz_date)) is not None:
+            amz_date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
     parse_amz_date(amz_date)  # a malformed date is told before what does not go with it
     scope = credential_scope(fields["Credential"], amz_date, "AuthorizationHeaderMalformed")
     return Authorization(*scope, amz_date, fields["SignedHeaders"], fields["Signature"])
@@ -720,7 +719,7 @@ def parse_amz_date(amz_date: str) -> float:
     with contextlib.suppress(ValueError):  # there is no such day or hour
         if re.fullmatch(r"\d{8}T\d{6}Z", amz_date, re.ASCII):
             return datetime.strptime(amz_date + "+0000", "%Y%m%dT%H%M%SZ%z").timestamp()
-    raise S3Error("AccessDenied", "The date of the request must be YYYYMMDDTHHMMSSZ.")
+    raise S3Error("AccessDenied", "The request needs a date of the form YYYYMMDDTHHMMSSZ.")
 
 
 def check_date(auth: Authorization, now: float) -> None:
