@@ -2340,6 +2340,31 @@ def test_a_part_that_is_not_what_was_declared_stores_nothing(
     assert unchanged(s3, "k", b"the part")
 
 
+WRONG_DIGESTS = {  # of an empty body: header -> value and code
+    "x-amz-content-sha256": (sha256_hex(b"x"), "XAmzContentSHA256Mismatch"),
+    "content-md5": (md5_base64(b"x"), "BadDigest"),
+    "x-amz-checksum-crc32": (checksum("CRC32", b"x"), "BadDigest"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DIGESTS)
+def test_a_deletion_whose_body_is_not_what_was_declared_changes_nothing(
+    s3: Client, name: str
+) -> None:
+    value, code = WRONG_DIGESTS[name]
+    assert s3.on_bucket("DELETE", headers={name: value}).error == code
+    s3.put("k", b"old").ok()
+    assert s3.on_key("DELETE", "k", headers={name: value}).error == code
+    assert unchanged(s3, "k", b"old")
+    assert s3.on_key("DELETE", "k", body=b"with a body").status == 204
+    number = s3.create_upload("k")
+    answer = s3.on_key("DELETE", "k", {"uploadId": number}, headers={name: value})
+    # The AWS common runtime aborts with the checksum of the object that it was about to upload.
+    assert answer.status == 204 if "checksum" in name else answer.error == code
+    left = [] if "checksum" in name else [number]
+    assert s3.on_bucket("GET", "uploads").ok().texts("Upload/UploadId") == left
+
+
 def test_a_right_content_md5_is_accepted(s3: Client) -> None:
     for mode in BODY_MODES:
         upload(s3, "k", DATA, mode, headers={"content-md5": md5_base64(DATA)}).ok()
@@ -3754,6 +3779,30 @@ def test_a_multipart_upload_with_a_wrong_checksum(
         answer.error == {"part": "BadDigest", "listed": "InvalidPart", "object": "BadDigest"}[where]
     )
     assert unchanged(s3, "k", b"old")
+
+
+def test_the_number_behind_a_composite_checksum_is_checked_if_it_is_given(s3: Client) -> None:
+    value = checksum_of_checksums("SHA256", PARTS).partition("-")[0]
+    wrong = upload_with_checksums(s3, "k", PARTS, "SHA256", "COMPOSITE", object=f"{value}-99")
+    assert wrong.error == "BadDigest" and s3.keys() == []
+    upload_with_checksums(s3, "k", PARTS, "SHA256", "COMPOSITE", object=value).ok()
+
+
+def test_a_trailer_with_a_wrong_checksum_of_the_list_of_parts_completes_nothing(
+    s3: Client,
+) -> None:
+    number = s3.create_upload("k")
+    document = complete_document([(1, s3.put_part("k", number, 1, b"x").ok().etag)])
+    path, query = f"/{s3.bucket}/k", f"uploadId={number}"
+    for data, code in ((b"another", "BadDigest"), (document, "")):
+        trailer = "x-amz-checksum-crc32:" + checksum("CRC32", data)
+        body = aws_chunked(TRAILER_UNSIGNED, Signer(), [document], trailer)
+        given = {"x-amz-trailer": "x-amz-checksum-crc32", "content-length": str(len(body)),
+                 "x-amz-decoded-content-length": str(len(document))}  # fmt: skip
+        headers = s3.signed_head("POST", path, query, given, TRAILER_UNSIGNED)
+        answer = s3.exchange("POST", head_bytes("POST", f"{path}?{query}", headers) + body)
+        assert answer.error == code if code else answer.ok()
+        assert s3.keys() == ([] if code else ["k"])
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), [

@@ -3069,6 +3069,8 @@ def list_parts_page(store: Store, request: Request) -> Response:
 
 def complete_multipart_upload(store: Store, request: Request) -> Response:
     """POST /bucket/key?uploadId. Done a second time with the same list, it succeeds again."""
+    if "x-amz-trailer" in request.headers:  # it is of the list; a header is of the whole object
+        expect_checksums(request)
     listed = parse_part_list(request.body.read_all())
     try:
         upload = requested_upload(store, request)
@@ -3098,7 +3100,7 @@ def check_whole_object(request: Request, upload: Upload, info: ObjectInfo) -> No
         created = upload.checksum_type or "null"
         raise S3Error("InvalidRequest", f"The upload was created with the checksum type {created}.")
     for name, value in declared_checksums(request.headers).items():
-        if name != upload.algorithm or value.partition("-")[0] != whole[name].partition("-")[0]:
+        if name != upload.algorithm or value not in (whole[name], whole[name].partition("-")[0]):
             raise S3Error("BadDigest", f"The {name} you specified did not match what we received.")
 
 
@@ -3320,6 +3322,10 @@ class Service:
         if request.key:
             check_key(request.key)
         request.body = open_body(request, auth)
+        if request.method == "DELETE":  # its body means nothing, but what is declared has to hold
+            if "uploadId" not in request.query:  # an Abort may carry the object's checksum
+                expect_checksums(request)
+            request.body.read_all()
         return route.operation(self.store, request)
 
 
