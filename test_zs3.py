@@ -5454,9 +5454,11 @@ def test_the_sweep_goes_on_after_an_error_of_the_disk(
         store._keep_house()
 
 
-def stored(store: zs3.FileStore, body: bytes, **headers: str) -> zs3.ObjectInfo:
+def stored(
+    store: zs3.FileStore, body: bytes, key: str = "k", **headers: str
+) -> zs3.ObjectInfo:
     reader = zs3.Body(io.BytesIO(body), len(body))
-    return store.put_object("bucket", "k", reader, headers, zs3.NO_CONDITION)
+    return store.put_object("bucket", key, reader, headers, zs3.NO_CONDITION)
 
 
 def without_attributes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> zs3.FileStore:
@@ -5560,6 +5562,44 @@ def test_of_requests_to_complete_one_upload_one_at_a_time_is_at_work(
         for each in [threads.submit(store.concatenate, *given) for _ in range(3)]:
             each.result()
     assert most == [True] * 3
+
+
+def test_an_object_stays_where_it_is_until_it_is_deleted(disk: Client) -> None:
+    disk.put("a/b", b"x").ok()
+    disk.put("a", b"1").ok()
+    disk.delete("a/b").ok()
+    disk.put("a", b"2").ok()
+    assert disk.get("a").body == b"2" and not (disk.folder / "a").exists()
+    disk.delete("a").ok()
+    disk.put("a", b"3").ok()
+    assert (disk.folder / "a").read_bytes() == b"3"
+
+
+def test_a_file_copied_in_hides_one_in_keys_and_a_put_replaces_both(disk: Client) -> None:
+    disk.put("a/b", b"x").ok()
+    disk.put("a", b"1").ok()
+    disk.delete("a/b").ok()
+    (disk.folder / "a").write_bytes(b"copied in")
+    assert disk.get("a").body == b"copied in" and disk.keys() == ["a"]
+    disk.put("a", b"2").ok()
+    assert (disk.folder / "a").read_bytes() == b"2"
+    (disk.folder / "a").unlink()
+    assert disk.get("a").error == "NoSuchKey" and disk.keys() == []
+
+
+def test_a_listing_shows_a_key_that_is_overwritten_meanwhile_where_its_path_was_taken(
+    folder: Path,
+) -> None:
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    long = "x" * (zs3.SPELLED_NAME_CHARS + 1)  # is spelled in a folder, which a walk reads late
+    for key in ("a//b", "c", f"{long}/beside", long):
+        stored(store, b"x", key)
+    listing = store.scan("bucket", "", "", "")
+    assert next(listing).key == "a//b"  # and the names beside "c" were read
+    store.delete_object("bucket", f"{long}/beside", zs3.NO_CONDITION)
+    stored(store, b"y", long)
+    assert [info.key for info in listing] == ["c", long]
 
 
 def test_while_a_key_with_two_files_is_deleted_nothing_older_shows(

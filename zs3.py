@@ -29,7 +29,7 @@ Sections:
 On disk, under --data-dir:
 
     BUCKET/KEY            an object at its literal path, described by one extended attribute
-    .keys/BUCKET/NAME     an object whose key no path can spell (`a//b`, `dir/`) or whose path is
+    .keys/BUCKET/NAME     an object whose key no path can spell (`a//b`, `dir/`) or whose path was
                           taken (`a` beside `a/b`), under a spelling of the key that a path can hold
     .meta/BUCKET/         when the bucket was made; descriptions that no attribute can hold
     .uploads/BUCKET/ID/   a multipart upload in progress: 00000 is the upload, 00001 ... its parts
@@ -1716,14 +1716,10 @@ class FileStore:
         return f"{self._root}/.keys/{bucket}/{spell(key)}"
 
     def _paths(self, bucket: str, key: str) -> Iterator[str]:
-        """Where the key's file may be. The literal path wins: it is the one people see; and it is
-        looked at once more in the end, since a key may move there while we look elsewhere."""
-        literal = self._literal_path(bucket, key)
-        if literal:
+        """Where the key's file may be. The literal path wins: it is the one people see."""
+        if literal := self._literal_path(bucket, key):
             yield literal
         yield self._special_path(bucket, key)
-        if literal:
-            yield literal
 
     # --- Descriptions ---
 
@@ -1860,7 +1856,6 @@ class FileStore:
         special = ((key, 1, path, "") for key, name, path in keys if spell(key) == name)
         folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
         literal = self._walk(folder, "", prefix, start, grouped, MAX_KEY_BYTES)
-        # In this order: a key may move from its spelled path to its literal one, never back.
         return self._stat_all(bucket, heapq.merge(special, literal))
 
     def _stat_all(self, bucket: str, found: Iterable[Found]) -> Iterator[ObjectInfo]:
@@ -1872,7 +1867,6 @@ class FileStore:
                 continue  # a file that somebody put too deep for a key
             try:
                 info = self._stat(path, bucket, key)
-                info = info or self._current(bucket, key)  # it may have moved
             except PermissionError:
                 continue  # in a folder that may be read but not entered
             if info is not None:
@@ -2054,8 +2048,10 @@ class FileStore:
                 raise S3Error("InvalidPart")
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
-            if literal and self._rename(temp, literal, bucket, info.key):
-                self._remove(special, bucket, info.key)
+            # A listing could miss a key that moves: one stays where it is until it is deleted.
+            stays = os.path.isfile(special) and not os.path.isfile(literal)
+            if literal and not stays and self._rename(temp, literal, bucket, info.key):
+                self._remove(special, bucket, info.key)  # hidden by a file that was copied in
                 return info
             # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
             with self._lock(bucket):
