@@ -5491,6 +5491,42 @@ def test_a_bucket_deleted_and_made_anew_during_a_put_keeps_what_it_described(
     assert (found.etag, found.headers) == (info.etag, {"kind": "text/x"})
 
 
+def test_who_loses_within_one_tick_of_the_clock_does_not_describe_the_winners_object(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = without_attributes(folder, monkeypatch)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_000_000)
+    describe, won = store._write_record, []
+
+    def after_another(*given: Any) -> zs3.ObjectInfo:
+        monkeypatch.setattr(store, "_write_record", describe)
+        won.append(stored(store, b"won!", kind="text/won"))
+        return describe(*given)
+
+    monkeypatch.setattr(store, "_write_record", after_another)
+    with raises("PreconditionFailed"):
+        body = zs3.Body(io.BytesIO(b"lost"), 4)
+        store.put_object("bucket", "k", body, {}, zs3.Condition(if_none_match="*"))
+    assert [store.stat_object("bucket", "k")] == won
+
+
+def test_a_put_succeeds_though_the_sweep_removes_the_old_description_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = without_attributes(folder, monkeypatch)
+    stored(store, b"old")
+    in_use = store._side_in_use
+
+    def then_sweep(bucket: str, path: str) -> bool:
+        used = in_use(bucket, path)
+        os.unlink(path)
+        return used
+
+    monkeypatch.setattr(store, "_side_in_use", then_sweep)
+    info = stored(store, b"newer", kind="text/x")
+    assert store.stat_object("bucket", "k") == info
+
+
 def test_a_read_beside_a_write_has_its_description_though_a_snapshot_links_the_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

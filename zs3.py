@@ -1735,25 +1735,27 @@ class FileStore:
         none or no room in it, by a side file. Returns `info` with the file's time."""
         # Our own clock: it is finer than the kernel's, and a network file system would set the time
         # when it pleases.
-        now = time.time_ns()
-        os.utime(file, ns=(now, now))
-        status = os.fstat(file)
-        info = replace(info, modified=status.st_mtime_ns / 1e9)
-        record = info.record() | {"mtime": status.st_mtime_ns}
-        del record["modified"]  # it is the file's
-        text = json.dumps(record, separators=(",", ":")).encode()
-        try:
-            os.setxattr(file, self.XATTR, text)
-        except (AttributeError, OSError):  # no such call, not supported, or too large
-            path = self._side_path(bucket, info.key, status)
-            self._write_side(path, json.dumps(record | {"key": info.key}).encode())
-        return info
+        for now in itertools.count(time.time_ns(), 10**9):
+            os.utime(file, ns=(now, now))
+            status = os.fstat(file)
+            record = info.record() | {"mtime": status.st_mtime_ns}
+            del record["modified"]  # it is the file's
+            text = json.dumps(record, separators=(",", ":")).encode()
+            try:
+                os.setxattr(file, self.XATTR, text)
+                break
+            except (AttributeError, OSError):  # no such call, not supported, or too large
+                path = self._side_path(bucket, info.key, status)
+                with contextlib.suppress(FileExistsError):  # another's, in the same tick
+                    self._write_side(path, json.dumps(record | {"key": info.key}).encode())
+                    break
+        return replace(info, modified=status.st_mtime_ns / 1e9)
 
     def _write_side(self, path: str, text: bytes) -> None:
         for _ in range(RACE_TRIES):
             self._make_folders(os.path.dirname(path))
             with contextlib.suppress(FileNotFoundError):  # deleted with its bucket: the rename says
-                with open(path, "wb") as side:
+                with open(path, "xb") as side:
                     side.write(text)
                     side.flush()
                     if self._fsync:
@@ -1992,7 +1994,8 @@ class FileStore:
         has the same: as many bytes, within one tick of the file system's clock."""
         path = self._side_path(bucket, key, status)
         if os.path.exists(path) and not self._side_in_use(bucket, path):
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # the sweep was faster
+                os.unlink(path)
 
     def _check(self, condition: Condition, bucket: str, key: str) -> None:
         if condition != NO_CONDITION:
