@@ -5886,6 +5886,27 @@ def test_an_empty_folder_does_not_keep_a_bucket(disk: Client) -> None:
     assert not disk.folder.exists()
 
 
+def test_a_bucket_whose_folder_cannot_be_read_is_not_deleted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, scandir = zs3.FileStore(str(folder)), os.scandir
+    store.create_bucket("bucket")
+    stored(store, b"x")
+
+    def refuse(path: str) -> Any:
+        if path.startswith(str(folder / "bucket")):
+            raise PermissionError(errno.EACCES, "on purpose")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with raises("BucketNotEmpty"):
+        store.delete_bucket("bucket")
+    assert store.stat_object("bucket", "k").size == 1
+    (folder / "bucket" / "k").unlink()
+    store.delete_bucket("bucket")
+    assert not (folder / "bucket").exists()
+
+
 def test_puts_and_deletes_racing_in_one_folder_all_succeed(disk: Client) -> None:
     clients = [disk.using(ADMIN) for _ in range(8)]
 
@@ -6201,11 +6222,10 @@ def test_stale_uploads_and_temporary_files_are_removed_at_start(folder: Path) ->
         s3.put("k", b"x").ok()
         s3.close()
         server.stop()
-    (folder / ".tmp").mkdir(exist_ok=True)
     (folder / ".tmp/left-behind").write_bytes(b"half an object")
     age(folder, 8 * DAY)
-    (folder / ".tmp/just-now").write_bytes(b"half an object")
-    with Server(ACL, data=folder) as server:
+    later = CHANGED.format("zs3.TEMP_SECONDS = -1.0")
+    with Server(ACL, data=folder, prelude=later) as server:
         s3 = server.client("bucket")
         deadline = time.monotonic() + 10
         while (
@@ -6216,6 +6236,23 @@ def test_stale_uploads_and_temporary_files_are_removed_at_start(folder: Path) ->
             time.sleep(0.02)
         assert s3.get("k").ok().body == b"x"
         s3.close()
+
+
+def test_the_sweep_leaves_what_was_just_restored_from_an_old_backup(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tar and rsync do it: .meta before the bucket, and with the times of then."""
+    store = without_attributes(folder, monkeypatch)
+    info = stored(store, b"x", kind="text/x")
+    age(folder / ".meta", 8 * DAY)
+    os.rename(folder / "bucket" / "k", folder / "not yet restored")
+    store._sweep()
+    os.rename(folder / "not yet restored", folder / "bucket" / "k")
+    assert store.stat_object("bucket", "k") == info
+    (folder / "bucket" / "k").unlink()
+    monkeypatch.setattr(zs3, "TEMP_SECONDS", -1.0)
+    store._sweep()
+    assert [path.name for path in (folder / ".meta").rglob("*") if path.is_file()] == ["created"]
 
 
 def test_an_upload_younger_than_the_expiry_stays(folder: Path) -> None:

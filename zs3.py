@@ -2146,7 +2146,7 @@ class FileStore:
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
-            if os.stat(path).st_mtime < horizon:
+            if os.stat(path).st_ctime < horizon:  # tar and rsync set an mtime back
                 os.unlink(path)
                 LOG.info("removed %s, left by an earlier server", path)
 
@@ -2177,7 +2177,8 @@ def files_below(folder: str) -> list[str]:
 
 def remove_empty_folders(folder: str) -> None:
     """Remove a folder that holds nothing but folders; OSError (ENOTEMPTY) if there is a file."""
-    for path, _, _ in os.walk(folder, topdown=False):
+    below = (path for path, _, _ in os.walk(folder, topdown=False))
+    for path in itertools.chain(below, [folder]):  # which is silent of a folder it cannot read
         with contextlib.suppress(FileNotFoundError):  # a deletion beside pruned it
             os.rmdir(path)
 
