@@ -5570,6 +5570,23 @@ def test_an_upload_whose_description_was_lost_is_no_upload_any_more(disk: Client
     assert disk.on_key("DELETE", "k", f"uploadId={upload_id}").error == "NoSuchUpload"
 
 
+@pytest.mark.parametrize("left", [["00000"], ["00000", "00001"]])
+def test_completing_again_removes_what_a_kill_9_left_of_the_upload(
+    disk: Client, tmp_path: Path, left: list[str]
+) -> None:
+    number = disk.create_upload("k")
+    listed = [(1, disk.put_part("k", number, 1, b"x").ok().etag)]
+    upload = disk.folder.parent / ".uploads" / disk.bucket / number
+    shutil.copytree(upload, tmp_path / "upload")
+    first = disk.complete("k", number, listed, if_none_match="*").ok()
+    upload.mkdir(parents=True)
+    for name in left:
+        os.rename(tmp_path / "upload" / name, upload / name)
+    second = disk.complete("k", number, listed, if_none_match="*").ok()
+    assert second.text("ETag") == first.text("ETag")
+    assert disk.on_bucket("GET", "uploads").ok().texts("Upload") == [] and not upload.exists()
+
+
 def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
     """A part in a bucket's upload, and what the finished object is to be."""
     store.create_bucket("bucket")

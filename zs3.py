@@ -3078,11 +3078,11 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
         info, condition = finished_info(upload, parts), write_condition(request)
         check_whole_object(request, upload, info)
         info = store.concatenate(request.bucket, request.key, parts, info, condition)
-        discard_upload(store, upload.bucket, upload.id)
     except S3Error as error:
         if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
             raise
         info = already_completed(store, request, listed, error)
+    discard_upload(store, request.bucket, info.upload_id)
     return document(
         "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}{request.path}",
         Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
