@@ -8545,6 +8545,27 @@ def test_what_is_left_of_uploads_in_a_deleted_bucket_is_removed(
         assert len(list(store.scan(zs3.UPLOADS, "", "", ""))) == left
 
 
+@pytest.mark.parametrize("in_a_cluster", [False, True])
+def test_deleting_a_bucket_leaves_the_uploads_of_one_made_anew_meanwhile(
+    in_a_cluster: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = lonely.store if in_a_cluster else zs3.FileStore(str(tmp_path / "data"))
+    store.create_bucket("bucket")
+    old, empty = f"bucket/{'1' * 32}/00001", zs3.Body(io.BytesIO(), 0)
+    store.put_object(zs3.UPLOADS, old, empty, {}, zs3.NO_CONDITION)
+    delete = store.delete_bucket
+
+    def then_make_anew(bucket: str) -> None:
+        delete(bucket)
+        part_of_an_upload(store)
+
+    monkeypatch.setattr(store, "delete_bucket", then_make_anew)
+    request = zs3.Request("DELETE", "/bucket", "", {}, zs3.Settings({}), bucket="bucket")
+    zs3.delete_bucket(store, request)
+    left = [info.key for info in store.scan(zs3.UPLOADS, "", "", "")]
+    assert left == [f"bucket/{'0' * 32}/00001"]
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 @pytest.mark.parametrize("step", ["_append", "_join"])
 def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(

@@ -2242,9 +2242,14 @@ def requested_upload(store: Store, request: Request) -> Upload:
     raise S3Error("NoSuchUpload", UploadId=upload_id)
 
 
+def upload_ids(store: Store, bucket: str) -> set[str]:
+    """The ids of all uploads in a bucket, also of those whose record is gone."""
+    return {info.key.split("/")[1] for info in store.scan(UPLOADS, f"{bucket}/", "", "/")}
+
+
 def list_uploads(store: Store, bucket: str) -> list[Upload]:
     """Every upload in progress in a bucket, by key and then by time of initiation."""
-    ids = {info.key.split("/")[1] for info in store.scan(UPLOADS, f"{bucket}/", "", "/")}
+    ids = upload_ids(store, bucket)
     found = [upload for each in ids if (upload := find_upload(store, bucket, each))]
     return sorted(found, key=lambda upload: (upload.key, upload.id))
 
@@ -2477,9 +2482,11 @@ def head_bucket(store: Store, request: Request) -> Response:
 
 
 def delete_bucket(store: Store, request: Request) -> Response:
-    """DELETE /bucket. Its uploads in progress go with it."""
+    """DELETE /bucket. Its uploads in progress go with it; not those of one made anew meanwhile."""
+    uploads = upload_ids(store, request.bucket)
     store.delete_bucket(request.bucket)
-    expire_uploads(store, request.bucket, float("inf"))
+    for upload_id in uploads:
+        discard_upload(store, request.bucket, upload_id)
     return Response(204)
 
 
