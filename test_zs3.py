@@ -5896,6 +5896,31 @@ def test_a_link_that_leads_nowhere_is_in_nobodys_way(disk: Client) -> None:
     assert disk.keys() == ["dang/x", "loop", "loop/x"]
 
 
+def test_what_a_link_leads_to_later_is_listed_from_then_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to a disk that is mounted later: the folder of the link does not change by that."""
+    monkeypatch.setattr(zs3, "RACY_SECONDS", -1.0)  # every folder counts as settled
+    store, disk = zs3.FileStore(str(folder)), folder.parent / "disk"
+    store.create_bucket("bucket")
+    for link in ("bucket/file", "bucket/folder", "other-bucket"):
+        (folder / link).symlink_to(disk / link.replace("/", "-"))
+
+    def found() -> tuple[list[str], list[str], list[str]]:
+        keys, groups = ([info.key for info in store.scan("bucket", "", "", d)] for d in ("", "/"))
+        return keys, groups, [bucket.name for bucket in store.list_buckets()]
+
+    assert found() == ([], [], ["bucket"])
+    (disk / "bucket-folder").mkdir(parents=True)
+    (disk / "other-bucket").mkdir()
+    for path in ("bucket-file", "bucket-folder/x"):
+        (disk / path).write_bytes(b"x")
+    keys = ["file", "folder/x"]
+    assert found() == (keys, keys, ["bucket", "other-bucket"])
+    shutil.rmtree(disk)
+    assert found() == ([], [], ["bucket"])
+
+
 def test_an_empty_folder_does_not_keep_a_bucket(disk: Client) -> None:
     (disk.folder / "left/over").mkdir(parents=True)
     assert disk.keys() == [] and disk.list(delimiter="/").texts("CommonPrefixes/Prefix") == []

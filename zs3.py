@@ -1551,7 +1551,8 @@ class DirectoryCache:
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: files, and directories with a "/"."""
+    """The names in a directory that can be part of a key: files, and directories with a "/". A link
+    that leads nowhere may lead to either later, without a change of the directory: it is both."""
     with os.scandir(path) as entries:
         for entry in entries:
             try:
@@ -1560,8 +1561,10 @@ def read_names(path: str) -> Iterator[str]:
                     yield entry.name + "/"
                 elif entry.is_file():
                     yield entry.name
+                elif entry.is_symlink():
+                    yield from (entry.name, entry.name + "/")
             except (UnicodeEncodeError, OSError):
-                continue  # no key can say it; a symbolic link that leads nowhere
+                continue  # no key can say it; a link that leads to itself
 
 
 # For reading, without waiting for the writer of a FIFO.
