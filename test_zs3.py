@@ -5281,9 +5281,10 @@ def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: 
         server.lines.clear()
 
 
-DISK_ERRORS = {"ENOSPC": "InsufficientStorage", "EDQUOT": "InsufficientStorage",
-"EMFILE": "SlowDown",
-               "EIO": "InternalError"}  # fmt: skip
+DISK_ERRORS = {
+    "ENOSPC": "InsufficientStorage", "EDQUOT": "InsufficientStorage", "EMFILE": "SlowDown",
+    "EIO": "InternalError", "EPERM": "AccessDenied", "EAGAIN": "SlowDown", "ETIMEDOUT": "SlowDown",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DISK_ERRORS)
@@ -6359,6 +6360,23 @@ spy("fsync"), spy("rename"), spy("replace")
         assert {"called rename", "called replace"} & set(calls)
     else:
         assert "called fsync" not in calls
+
+
+def test_fsync_is_of_the_bucket_when_what_was_deleted_was_in_a_folder_that_is_now_a_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bucket, synced = zs3.FileStore(str(folder), fsync=True), folder / "bucket", []
+    store.create_bucket("bucket")
+    stored(store, b"x", "a/b/c")
+
+    def then_replace(*_: object) -> None:
+        shutil.rmtree(bucket / "a")
+        (bucket / "a").write_bytes(b"another's object")
+
+    monkeypatch.setattr(store, "_remove_side", then_replace)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    store.delete_object("bucket", "a/b/c", zs3.NO_CONDITION)
+    assert synced == [bucket.stat().st_ino]
 
 
 # --- Command line --------------------------------------------------------------------------------

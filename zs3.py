@@ -210,7 +210,10 @@ OS_ERRORS = {
     errno.EFBIG: "InsufficientStorage",
     errno.EXDEV: "InternalError",  # a bucket on another file system than the data folder
     errno.EACCES: "AccessDenied",
+    errno.EPERM: "AccessDenied",
     errno.EROFS: "AccessDenied",
+    errno.EAGAIN: "SlowDown",  # somebody has a lease on the file, as Samba takes them
+    errno.ETIMEDOUT: "SlowDown",  # a network file system's server is away
     errno.EMFILE: "SlowDown",
     errno.ENFILE: "SlowDown",
 }
@@ -2117,8 +2120,8 @@ class FileStore:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
         while self._fsync:
             try:
-                file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+                file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
                 folder = os.path.dirname(folder)  # pruned meanwhile: its own removal is what counts
                 continue
             try:
