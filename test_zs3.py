@@ -5681,6 +5681,23 @@ def test_while_a_key_with_two_files_is_deleted_nothing_older_shows(
         store.stat_object("bucket", "k")
 
 
+def test_a_description_that_cannot_be_read_is_an_error_and_not_none_at_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy would be without it for good."""
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"x", kind="text/x")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "a sector cannot be read")
+
+    monkeypatch.setattr(os, "getxattr", refuse)
+    for read in (store.stat_object, store.open_object):
+        with pytest.raises(OSError, match="a sector cannot be read"):
+            read("bucket", "k")
+
+
 def test_a_source_cut_short_is_no_copy_where_the_kernel_cannot_copy_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1487,6 +1487,9 @@ SPELLED = [
 ]  # fmt: skip
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not read has no objects
+NO_ATTRIBUTE = (  # for this file, on its file system, or for this process
+    *UNREADABLE, errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM,
+)
 
 
 def spell(key: str) -> str:
@@ -1774,7 +1777,9 @@ class FileStore:
         """What _write_record wrote for a file, by path or open; {} if somebody copied it in."""
         try:
             text = os.getxattr(file, self.XATTR)
-        except (AttributeError, OSError):
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_ATTRIBUTE:
+                raise  # that it cannot be read just now does not mean that there is none
             try:
                 with open(self._side_path(bucket, key, status), "rb") as side:
                     text = side.read()
