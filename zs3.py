@@ -2063,9 +2063,11 @@ class FileStore:
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
             # A listing could miss a key that moves: one stays where it is until it is deleted.
-            stays = os.path.isfile(special) and not os.path.isfile(literal)
+            is_special = os.path.isfile(special)
+            stays = is_special and not os.path.isfile(literal)
             if literal and not stays and self._rename(temp, literal, bucket, info.key):
-                self._remove(special, bucket, info.key)  # hidden by a file that was copied in
+                if is_special:  # hidden by a file that was copied in
+                    self._remove(special, bucket, info.key)
                 return info
             # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
             with self._lock(bucket):
