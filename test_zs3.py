@@ -8848,6 +8848,17 @@ def test_a_kept_connection_that_broke_is_made_anew_or_the_next_peer_asked() -> N
         assert answers[0].status == 0 and answers[1].status == 200 and peers.skipped(0)
 
 
+def test_an_accept_whose_kept_connection_broke_is_not_sent_again() -> None:
+    """It may have been done: that a second one is refused would not say that it was not."""
+    with fake_peers(1) as (fakes, peers):
+        peers.ask(questions(fakes), lambda raw: good(raw) >= 1, 1, 10.0)
+        [link] = peers._idle[fakes[0].contact.address]
+        link.socket.shutdown(socket.SHUT_RDWR)
+        accept = zs3_dist.Question(fakes[0].contact, "accept", b"{}")
+        answers = peers.ask([accept], lambda raw: good(raw) >= 1, 1, 10.0)
+        assert answers[0].status == 0 and fakes[0].asked == 1
+
+
 def let_late_answers_come(peers: zs3_dist.Peers, fake: FakePeer) -> None:
     """They are looked at by who wants a connection to the same address."""
     deadline = time.monotonic() + 10

@@ -853,8 +853,9 @@ class Exchange:
             self._start()
 
     def _broken(self, call: Call) -> None:
-        """Ask again over a new connection if a kept-alive one broke: messages are idempotent."""
-        if call.link.fresh:
+        """Ask again over a new connection if a kept-alive one broke: messages are idempotent. But
+        an accept may be done, and more promised since: the next one's refusal proves nothing."""
+        if call.link.fresh or call.question.path == "accept":
             return self._fail(call)
         self._drop(call)
         call.link.close()
