@@ -8533,6 +8533,21 @@ def test_a_walk_over_the_blocks_rests_four_times_as_long_as_it_works_but_not_for
     assert rests == pytest.approx([rest, rest])
 
 
+def test_without_a_grace_a_block_that_nobody_needs_is_removed_at_the_second_look(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first, a PUT may just have taken it up, after its node was asked."""
+    block = zs3_dist.block_hash(b"x")
+    lonely.node.blocks.put(block, b"x")
+    now = itertools.count()
+    monkeypatch.setattr(lonely.node, "clock", lambda: float(next(now)))
+    monkeypatch.setattr(lonely.store.closing, "wait", lambda seconds: False)
+    keep = Housekeeping(lonely.store, 0.0, 0.0)
+    for left in (True, False):
+        keep.tend()
+        assert lonely.node.blocks.has(block) == left
+
+
 def test_a_small_object_that_rots_in_its_record_is_an_error_not_other_bytes(
     lonely: Lonely,
 ) -> None:

@@ -3438,7 +3438,7 @@ class Housekeeping:
             if touched != before:
                 since = now
             suspects[block] = (since, touched)
-            if now - since >= self.grace:
+            if now - since > self.grace:  # if there is none, not at the first look
                 size = self.blocks.remove(block, touched)
                 self.store.counts["collected"] += bool(size)
                 freed += size
