@@ -8548,6 +8548,27 @@ def test_without_a_grace_a_block_that_nobody_needs_is_removed_at_the_second_look
         assert lonely.node.blocks.has(block) == left
 
 
+@pytest.mark.parametrize("met", [True, False])
+def test_an_extra_copy_that_a_put_met_while_the_others_were_asked_stays(
+    met: bool, lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have removed theirs since they said that they have them."""
+    blocks, block = lonely.node.blocks, zs3_dist.block_hash(b"x")
+    blocks.put(block, b"x")
+    os.utime(blocks.path(block), (1, 1))
+    others = [Contact(number, f"sim:{number}") for number in (1, 2, 3)]
+
+    def have(hashes: list[str], touch: bool) -> tuple[dict[str, set[int]], set[int]]:
+        if met:
+            blocks.put(block, b"x")
+        return {block: {1, 2, 3}}, {1, 2, 3}
+
+    monkeypatch.setattr(lonely.cluster, "have", have)
+    monkeypatch.setattr(lonely.cluster, "holders", lambda block: [*others, lonely.own])
+    Housekeeping(lonely.store, 600.0, 0.0)._replicate([block], False)
+    assert blocks.has(block) == met
+
+
 def test_a_small_object_that_rots_in_its_record_is_an_error_not_other_bytes(
     lonely: Lonely,
 ) -> None:

@@ -1055,7 +1055,7 @@ class Blocks:
         except FileNotFoundError:
             return None
 
-    def remove(self, block: str, touched: float) -> int:
+    def remove(self, block: str, touched: float | None) -> int:
         """Remove the block unless something touched it since `touched`. Returns the bytes freed.
         The last look and the unlink are under the hash's lock, as is the touch in `put`: a PUT that
         met the block either touched it before, and it stays, or finds it gone, and writes it."""
@@ -3449,6 +3449,7 @@ class Housekeeping:
         if not blocks:
             return
         view, own = self.cluster.view(), self.node.own
+        touched = {block: self.blocks.touched(block) for block in blocks}  # before others are asked
         there, answered = self.cluster.have(blocks, touch=False)
         for block in blocks:
             order = self.cluster.holders(block)
@@ -3460,9 +3461,7 @@ class Housekeeping:
                         self._push(block, contact)
             regular = order[: view.replicas]
             if own not in regular and all(contact in holding for contact in regular):
-                touched = self.blocks.touched(block)
-                if touched is not None:
-                    self.blocks.remove(block, touched)
+                self.blocks.remove(block, touched[block])
         if announce:
             self._announce(blocks)
 
