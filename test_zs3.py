@@ -8173,6 +8173,25 @@ def test_a_change_that_others_have_built_on_is_not_decided_again() -> None:
         steps.send(again)
 
 
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_change_that_was_done_and_undone_is_not_decided_again_when_all_that_was_dropped(
+    followed: bool,
+) -> None:
+    """Its tombstone is: the grace is short, or a clock jumped."""
+    net, (first, second, third) = owners(3)
+    steps = first.rounds.change("bucket", "k", lambda current: value_of(OLD))
+    accept = steps.send(reaching(net, first, next(steps), first, second))
+    step = steps.send(reaching(net, first, accept, second))
+    assert get(third) == OLD
+    delete_for_good(net, [first, second, third])
+    if followed:
+        put(third, NEW)
+    with raises("SlowDown"):
+        while True:
+            step = steps.send({} if isinstance(step, Pause) else first.ask(step))
+    assert get(third) == (NEW if followed else "")
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_list_of_buckets_does_not_show_what_a_head_may_then_not_find(deleted: bool) -> None:
     """Only one of three owners has accepted that the bucket is there, or that it is not."""

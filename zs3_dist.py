@@ -368,7 +368,7 @@ def view_field(raw: Any) -> Any:
 
 VALUE_FIELDS: dict[str, Check] = {
     "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
-    "base": text_field(BALLOT, empty=True),  # where what it replaced had been accepted
+    "base": text_field(BALLOT, empty=True),  # what it replaced was accepted there, or below
     "info": info_field,  # an object: ObjectInfo.record()
     "parts": list_field(  # ObjectInfo.parts, which a listing does not show: size and checksum
         tuple_field(number_field, text_field(CHECKSUM)), zs3.MAX_PART_NUMBER
@@ -1594,7 +1594,7 @@ class Registers:
                 " ON CONFLICT (bucket, key) DO UPDATE SET promised = excluded.promised",
                 (bucket, key.encode(), ballot, time.time()),
             )
-            return told(slot, self.basis(bucket, key))
+            return {**told(slot, self.basis(bucket, key)), "floor": self.floor(bucket)}
 
     def accept(
         self, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
@@ -2002,6 +2002,7 @@ class Change:
         self.proviso = proviso
         self.tried = ""  # the first ballot at which some owner may have accepted our value
         self.mine: Value | None = None  # that value
+        self.base = ""  # where what our value is to replace had been accepted
         self.missing: list[Contact] = []  # owners that did not answer the last question
         self.bucket_value: Value | None = {"bucket": {"state": "open"}}  # unless we are told else
 
@@ -2053,6 +2054,8 @@ class Change:
         if not covers(groups, told, change_quorum):
             return None
         top = weigh(groups, told)
+        # Where nothing is, all may have been dropped that was accepted up to the floor.
+        self.base = top.accepted or max(answers[node].get("floor", "") for node in told)
         basis = yield from self._basis(groups, answers)
         # Our accept fails if anything was chosen since the prepare: what holds now, holds then.
         reason = (yield from self.proviso()) if self.proviso else None
@@ -2061,9 +2064,10 @@ class Change:
             if top.settled and not self.tried and not self.rewrites:
                 return self._answer(top.value, error)
             # What we saw or tried may be with a minority: settle it before anybody is told of it.
-            value = top.value or tombstone()
+            grave = {**tombstone(), "base": self.base}
+            value = top.value or grave
             if self.bucket_value is None and error:  # nothing can be in a bucket that is gone
-                value = {**tombstone(), "base": top.accepted}
+                value = grave
                 error = None if self.rewrites else error
             if live(value) and bucket_state(("", True, self.bucket_value)) == "deleting":
                 # Its owners take no object. Whoever marked it may have died: take the mark back.
@@ -2110,7 +2114,7 @@ class Change:
         # a higher ballot would be based on that or on something later. If it is not, our value did
         # not count, and will not once this round is through. If it is, others may have gone on from
         # ours, or it never counted: nobody can say.
-        if self.tried and top.value and top.value.get("base", "") >= self.tried:
+        if self.tried and (top.value.get("base", "") if top.value else self.base) >= self.tried:
             raise S3Error("SlowDown", "The outcome is not known: others changed the key too.")
         try:
             if self.bucket_value is None:
@@ -2120,7 +2124,7 @@ class Change:
             value = self.decide(live(top.value))
         except S3Error as error:
             return None, error
-        value = value and {**value, "base": top.accepted}
+        value = value and {**value, "base": self.base}
         if value is not None and live(value) and self.bucket_value["bucket"]["state"] != "open":
             return None, BucketClosing(self.bucket_value["id"])
         self.mine = value or self.mine
