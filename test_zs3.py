@@ -38,6 +38,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -8041,6 +8042,24 @@ def test_places_in_the_change_log_are_not_given_twice(tmp_path: Path) -> None:
     assert news["floors"] == {"bucket": ballots[8]}
     assert registers.changes(news["upto"], lambda bucket: True)["floors"] == {}
     registers.close()
+
+
+def test_what_an_owner_accepts_after_its_disk_was_put_back_to_an_old_copy_is_pulled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net, (one, other, third) = owners(3)
+    registers = one.node.registers
+    with contextlib.closing(sqlite3.connect(":memory:")) as copy:
+        registers._db.backup(copy)
+        for key in "abcdef":
+            erase(one, key)
+        housekeeping(other)[0].pull()
+        copy.backup(registers._db)
+    registers._seq = registers._one(zs3_dist.LAST_SEQ)
+    accepted_by(net, third, one, value_of(NEW))
+    housekeeping(other)[0].pull()
+    assert text_of(other.node.registers.slot("bucket", "k").value) == NEW
+    assert "an old copy" in caplog.text
 
 
 def test_what_was_only_promised_becomes_the_floor_of_its_bucket(
