@@ -7041,7 +7041,10 @@ class SimCluster(Cluster):
             meanwhile()
         replies = {}
         for contact in dict.fromkeys(contacts):
-            answer = self.net.deliver(name, message, self.own, contact.node)
+            if contact.address == self.own.address:  # it asks itself, over the network
+                answer = self.node.answer(name, message, self.own)
+            else:
+                answer = self.net.deliver(name, message, self.own, contact.node)
             replies[contact.node] = Reply(200, pack(answer)) if answer is not None else Reply(0)
         return replies
 
@@ -7826,6 +7829,28 @@ def joining(net: Net, at: SimCluster) -> SimCluster:
     return new
 
 
+@pytest.mark.parametrize(("who", "said"), [(None, "no answer"), (0, "it is another")])
+def test_a_node_does_not_enter_by_an_address_at_which_it_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, who: int | None, said: str
+) -> None:
+    net, nodes = owners(3)
+    new = net.clusters[net.add().own.node]
+    view = nodes[0].known_view()
+    new.node.registers.install([view])
+    member = housekeeping(new)[1]
+    answer = None if who is None else nodes[who].node.on_hello(view.epoch)
+    monkeypatch.setattr(new, "call", lambda *_: answer)
+    for _ in range(2):
+        member.join()
+    assert not new.joined.is_set() and new.known_view() == nodes[0].known_view() == view
+    assert [line.message for line in caplog.records if line.levelname == "ERROR"] == [
+        f"the node at {new.own.address} should be this one (see --advertise): {said}"
+    ]
+    monkeypatch.undo()
+    member.join()
+    assert new.joined.is_set() and nodes[0].known_view().member(new.own.node) == new.own
+
+
 def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:
     net, nodes = owners(3)
     new = joining(net, nodes[0])
@@ -7896,8 +7921,7 @@ def test_two_clusters_of_one_secret_that_meet_say_so(
     assert [line.message for line in caplog.records if line.levelname == "ERROR"] == [
         "the node at b:1 is of another cluster with our secret: both are in use"
     ]
-    with pytest.raises(KeyError):  # who gives itself up asks a member, which this network has not
-        members[1].join()
+    members[1].join()
     assert fresh.known_view().cluster == "1" * 16
     assert "--replicas=5, as it was founded: our 3 counts for nothing" in caplog.text
 

@@ -3684,6 +3684,11 @@ class Membership:
         """Have a view decided of which this node is a member, at its present address. Who was a
         member at this address before, under another id, lost its disk: it is replaced."""
         own = self.node.own
+        answer = self._ask(own.address, MAX_COUNTER)  # as the others will
+        if answer is None:
+            return self._tell(own.address, "should be this one (see --advertise): no answer")
+        if contact_field(answer["contact"]) != own:
+            return self._tell(own.address, "should be this one (see --advertise): it is another")
 
         def make(view: View) -> View | None:
             if view.member(own.node) == own:
