@@ -7851,6 +7851,15 @@ def test_a_node_does_not_enter_by_an_address_at_which_it_does_not_answer(
     assert new.joined.is_set() and nodes[0].known_view().member(new.own.node) == new.own
 
 
+def test_a_node_whose_id_the_view_has_at_another_address_is_no_member() -> None:
+    """Its disk was copied, and the copy is the member now."""
+    _, (one, other) = owners(2)
+    view = one.known_view()
+    copy = one.own._replace(address="sim:9")
+    one.adopt([view.with_members([copy, other.own]).as_json()])
+    assert not one.joined.is_set()
+
+
 def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:
     net, nodes = owners(3)
     new = joining(net, nodes[0])
@@ -8528,6 +8537,18 @@ def test_values_are_told_by_their_real_size(
     for place in places:
         lonely.node.registers.accept(*place, BALLOT, value, False, None)
     assert len(lonely.node.on_values(places)["slots"]) == 2
+
+
+@pytest.mark.parametrize("name", ["hello", "find"])
+def test_a_member_is_looked_for_where_it_spoke_from_unless_it_only_said_hello(
+    lonely: Lonely, name: str
+) -> None:
+    """A disk that was copied says hello, too, before it knows that it is one."""
+    member = lonely.peer.own._replace(address="127.0.0.1:8")
+    lonely.node.registers.install([View("0" * 16, 2, 3, (member, lonely.own))])
+    lonely.store.internal(signed(lonely.peer, lonely.own, name, pack(GOOD[name])))
+    moved = {} if name == "hello" else {member: lonely.peer.own}
+    assert lonely.peers.moved == moved
 
 
 @pytest.mark.parametrize(

@@ -2371,21 +2371,22 @@ class Cluster:
         except OSError as error:  # a full disk: until it has room, the others refuse what we ask
             LOG.error("views: %s", error)
 
-    def spoke(self, contact: Contact) -> None:
-        """It sent something sealed, or answered: that is where it is, whatever the view says."""
+    def spoke(self, contact: Contact, hello: bool = False) -> None:
+        """It sent something sealed, or answered: that is where it is, whatever the view says. Not
+        by a hello: a copied disk says that, too, before it knows that it is one."""
         self.node.saw(contact)
         self.peers.heard(contact.node)
         view = self.node.registers.view
         member = view.member(contact.node) if view else None
         if member == contact:
             self.peers.moved.pop(contact, None)
-        elif member:
+        elif member and not hello:
             self.peers.moved[member] = contact
 
     def check_membership(self) -> None:
-        """Note whether this node is a member."""
+        """Note whether this node is a member, and not a copy of its disk at another address."""
         view = self.node.registers.view
-        if view is not None and view.member(self.own.node) is not None:
+        if view is not None and view.member(self.own.node) == self.own:
             self.joined.set()
         else:
             self.joined.clear()
@@ -3154,7 +3155,7 @@ class DistributedStore:
             sealed = self.seal.check(request)
         except (S3Error, ValueError) as error:
             return json_response(403, {"error": str(error)})
-        self.cluster.spoke(sealed.sender)
+        self.cluster.spoke(sealed.sender, name == "hello")
         status, body = self._answer(name, argument, request, sealed)
         proves_itself = name == "fetch" and status == 200
         proof = "" if proves_itself else self.seal.proof(sealed.mac, status, body)
