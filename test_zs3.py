@@ -8931,6 +8931,14 @@ def test_the_time_that_this_node_takes_meanwhile_is_not_held_against_its_peers()
         assert not any(peers.slow(fake.contact.node) for fake in fakes)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_peer_whose_address_no_resolver_takes_does_not_answer(host: str) -> None:
+    with fake_peers(1) as (fakes, peers):
+        nowhere = zs3_dist.Question(Contact(9, zs3_dist.address_field(f"{host}:1")), "hello", b"")
+        answers = peers.ask([nowhere, *questions(fakes)], lambda raw: len(raw) == 2, 2, 2.0)
+        assert answers[9].status == 0 and good(answers) == 1
+
+
 def test_while_a_slow_copy_is_waited_for_another_takes_its_place() -> None:
     with fake_peers(6, silent=2) as (fakes, peers):
         began = time.monotonic()

@@ -819,7 +819,7 @@ class Exchange:
     def _open(self, question: Question, take: Callable[[str], Link]) -> bool:
         try:
             link = take(question.to.address)
-        except OSError:
+        except (OSError, UnicodeError):  # no name of a host can be like that
             self._lost(question.to)
             return False
         self._send(question, link)
