@@ -7046,6 +7046,8 @@ class SimCluster(Cluster):
             else:
                 answer = self.net.deliver(name, message, self.own, contact.node)
             replies[contact.node] = Reply(200, pack(answer)) if answer is not None else Reply(0)
+            if answer is not None and contact.node:
+                self.node.saw(contact)
         return replies
 
     def run(self, steps):  # type: ignore[no-untyped-def]
@@ -7858,6 +7860,19 @@ def test_a_node_whose_id_the_view_has_at_another_address_is_no_member() -> None:
     copy = one.own._replace(address="sim:9")
     one.adopt([view.with_members([copy, other.own]).as_json()])
     assert not one.joined.is_set()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_member_is_forgotten_when_it_neither_answers_nor_asks(heard: bool) -> None:
+    net, nodes = owners(4)
+    member = zs3_dist.Membership(housekeeping(nodes[0])[0].store, [], 3, forget_after=0.0)
+    member.gossip()
+    net.now += 2
+    net.down = {nodes[3].own.node}
+    if heard:
+        nodes[0].node.saw(nodes[3].own)
+    member.gossip()
+    assert (nodes[1].known_view().member(nodes[3].own.node) is not None) == heard
 
 
 def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:

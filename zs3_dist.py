@@ -2219,6 +2219,7 @@ class Node:
         self.table = RoutingTable(own.node)
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
+        self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
         # By message. Each takes its fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
             "views": self.on_views, "find": self.on_find,
@@ -2231,6 +2232,7 @@ class Node:
 
     def saw(self, contact: Contact) -> None:
         """`contact` sent an authenticated message or answer."""
+        self.heard[contact.node] = self.clock()
         with self.table_lock:
             oldest = self.table.seen(contact, self.clock())
             if oldest is not None:
@@ -3555,7 +3557,6 @@ class Membership:
         self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
         self.told: set[str] = set()  # addresses of which it was said that they are none of ours
-        self.heard: dict[int, float] = {}  # member -> monotonic time of its last answer
         self.alone_since = time.monotonic()
 
     # --- Becoming a member ---
@@ -3810,9 +3811,9 @@ class Membership:
         """hello to every member: spreads views, notes who is silent, and for how long."""
         view = self.cluster.view()
         self._hello_all(view)
-        now = time.monotonic()
+        now = self.node.clock()
         for contact in view.members:
-            silent = now - self.heard.setdefault(contact.node, now)
+            silent = now - self.node.heard.setdefault(contact.node, now)
             if contact.node != self.node.own.node and silent > self.forget_after:
                 with contextlib.suppress(S3Error):  # no majority of the members is with us: later
                     self.forget(contact.node)
@@ -3820,9 +3821,7 @@ class Membership:
 
     def _hello_all(self, view: View) -> None:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
-        self.heard[self.node.own.node] = time.monotonic()
-        for node, answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).items():
-            self.heard[node] = time.monotonic()
+        for answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).values():
             self.cluster.adopt(answer["views"])
 
     def _refresh(self) -> None:
