@@ -9376,6 +9376,17 @@ def test_an_address_or_node_id_that_is_none_is_said_plainly(tmp_path: Path, flag
     assert last.startswith(f"zs3: {flag.partition('=')[0]} wants ")
 
 
+@pytest.mark.parametrize(
+    ("host", "interface"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("192.0.2.7", "0.0.0.0"),
+     ("a..b", "0.0.0.0")],
+)  # fmt: skip
+def test_the_kernel_chooses_the_interface_of_an_address_that_is_elsewhere(
+    host: str, interface: str
+) -> None:
+    assert zs3_dist.interface_of(host) == interface
+
+
 def test_nodes_that_were_all_given_the_same_list_found_one_cluster(tmp_path: Path) -> None:
     nodes = [Process(tmp_path / str(number)) for number in range(3)]
     for node in nodes:

@@ -3875,11 +3875,12 @@ class Membership:
 
 
 def interface_of(host: str) -> str:
-    """The IPv4 address of the interface of a host; 0.0.0.0 lets the kernel choose."""
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return "0.0.0.0"
+    """The IPv4 address of the interface of a host; 0.0.0.0, by which the kernel chooses, where it
+    is none of this machine's: what is advertised may be a router's."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        with contextlib.suppress(OSError):  # it is not here
+            probe.bind((host, 0))
+        return cast(str, probe.getsockname()[0])
 
 
 def multicast_socket(address: str) -> socket.socket:
