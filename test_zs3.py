@@ -7875,6 +7875,22 @@ def test_a_member_is_forgotten_when_it_neither_answers_nor_asks(heard: bool) -> 
     assert (nodes[1].known_view().member(nodes[3].own.node) is not None) == heard
 
 
+def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "JOIN_WAIT_SECONDS", 0.0)
+    net, nodes = owners(3)
+    gone = net.add().own
+    member = zs3_dist.Membership(housekeeping(nodes[0])[0].store, [], 3, ordered=gone.node)
+    nodes[0].joined.clear()
+    with raises("SlowDown"):  # our view may be of long ago
+        member.obey()
+    nodes[0].joined.set()
+    for _ in range(2):
+        member.obey()
+    assert caplog.messages == [f"--forget: no member of this cluster is {gone.node:040x}"]
+
+
 def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:
     net, nodes = owners(3)
     new = joining(net, nodes[0])

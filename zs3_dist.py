@@ -3801,9 +3801,13 @@ class Membership:
 
     def obey(self) -> None:
         """Forget whom the operator orders to forget, once."""
-        if self.ordered is not None and not self.obeyed:
+        if self.ordered is None or self.obeyed:
+            return
+        if self.cluster.view().member(self.ordered):
             self.forget(self.ordered)
-            self.obeyed = True
+        else:
+            LOG.error("--forget: no member of this cluster is %s", node_hex(self.ordered))
+        self.obeyed = True
 
     # --- Staying one ---
 
