@@ -7025,6 +7025,8 @@ class StubPeers:
     def heard(self, node: int) -> None:
         pass
 
+    keep = heard
+
 
 class SimCluster(Cluster):
     """A Cluster whose network is `net`: calls by background jobs are atomic, and may get lost."""
@@ -8960,6 +8962,17 @@ def test_the_time_that_this_node_takes_meanwhile_is_not_held_against_its_peers()
         )
         assert good(answers) == 2 and [fake.asked for fake in fakes] == [1, 1, 0]
         assert not any(peers.slow(fake.contact.node) for fake in fakes)
+
+
+def test_connections_to_an_address_that_nobody_has_any_more_are_closed() -> None:
+    with fake_peers(2) as (fakes, peers):
+        peers.ask(questions(fakes), lambda raw: good(raw) == 2, 2, 2.0)
+        kept, left = (peers.take(fake.contact.address) for fake in fakes)
+        for fake, link in zip(fakes, (kept, left), strict=True):
+            peers.give(fake.contact.address, link)
+        peers.keep({fakes[0].contact.address})
+        assert kept.socket.fileno() >= 0 and left.socket.fileno() < 0
+        assert peers.take(fakes[0].contact.address) is kept
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64])

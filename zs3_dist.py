@@ -731,16 +731,18 @@ class Peers:
         self.fail(call.to.node)
         return True
 
+    def keep(self, addresses: Collection[str]) -> None:
+        """Close the kept-alive connections to all other addresses."""
+        with self._lock:
+            idle = [self._idle.pop(other) for other in self._idle.keys() - addresses]
+            owed = [self._owed.pop(other) for other in self._owed.keys() - addresses]
+        for link in itertools.chain(*idle, (call.link for calls in owed for call in calls)):
+            link.close()
+
     def close(self) -> None:
         """Close all kept-alive connections."""
         self.closed = True
-        with self._lock:
-            links = [link for idle in self._idle.values() for link in idle]
-            links += [call.link for owed in self._owed.values() for call in owed]
-            self._idle.clear()
-            self._owed.clear()
-        for link in links:
-            link.close()
+        self.keep(())
 
 
 class Exchange:
@@ -3814,6 +3816,7 @@ class Membership:
     def gossip(self) -> None:
         """hello to every member: spreads views, notes who is silent, and for how long."""
         view = self.cluster.view()
+        self.cluster.peers.keep({contact.address for contact in view.everybody()})
         self._hello_all(view)
         now = self.node.clock()
         for contact in view.members:
