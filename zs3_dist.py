@@ -3663,7 +3663,8 @@ class Membership:
             return self._found()
         if not self.waiting:
             where = ", ".join(self._addresses()) or "the multicast group"
-            LOG.info("waiting for a node of this cluster (with the same secret) at %s", where)
+            text = "waiting for a node of this cluster (with the same secret) at %s; %s"
+            LOG.info(text, where, "the first of a new one is started without --bootstrap")
         self.waiting = True
 
     def _found(self) -> None:
