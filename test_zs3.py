@@ -7893,6 +7893,23 @@ def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
     assert caplog.messages == [f"--forget: no member of this cluster is {gone.node:040x}"]
 
 
+def test_two_nodes_that_have_forgotten_each_other_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, pair = owners(2)
+    for one, other in (pair, pair[::-1]):
+        net.down = {other.own.node}
+        store = housekeeping(one)[0].store
+        member = zs3_dist.Membership(store, ["b:1"], 3, ordered=other.own.node)
+        member.obey()
+    monkeypatch.setattr(one, "call", other.node.answer)
+    caplog.clear()
+    for _ in range(2):
+        member.join()
+    text = "the node at b:1 and this one forgot each other: empty the folder of one"
+    assert caplog.messages == [text]
+
+
 def test_a_joint_view_does_not_end_while_a_new_owner_lacks_something() -> None:
     net, nodes = owners(3)
     new = joining(net, nodes[0])

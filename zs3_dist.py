@@ -3710,6 +3710,9 @@ class Membership:
         for address in self._addresses():
             answer = self._ask(address)
             if answer is None or answer["cluster"] in ("", view.cluster):
+                newer = answer and answer["epoch"] >= view.epoch
+                if answer and newer and view.as_json() not in answer["views"]:
+                    self._tell(address, "and this one forgot each other: empty the folder of one")
                 continue
             first = contact_field(answer["contact"]).node < self.node.own.node
             if (answer["idle"] and not first) or not self.node.idle():
