@@ -9422,6 +9422,15 @@ def test_an_address_or_node_id_that_is_none_is_said_plainly(tmp_path: Path, flag
     assert last.startswith(f"zs3: {flag.partition('=')[0]} wants ")
 
 
+@pytest.mark.parametrize("junk", [b"", b"zz\n", b"\xff"])
+def test_an_identity_that_is_none_is_said_plainly(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / ".index").mkdir()
+    (tmp_path / ".index/registers.db").touch()
+    (tmp_path / ".node_id").write_bytes(junk)
+    with pytest.raises(SystemExit, match=f"no node's 40 hex digits in {tmp_path}/.node_id"):
+        zs3_dist.node_id(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("host", "interface"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("192.0.2.7", "0.0.0.0"),

@@ -3928,7 +3928,11 @@ def node_id(data: Path) -> int:
     are gone: a node must not vote with another's amnesia."""
     path = data / ".node_id"
     if path.exists() and (data / ".index" / "registers.db").exists():
-        return int(text_field(NODE)(path.read_text().strip()), 16)
+        try:
+            return int(text_field(NODE)(path.read_text().strip()), 16)
+        except ValueError:
+            advice = "if other nodes have what this one had, remove it, and it joins anew"
+            raise SystemExit(f"zs3: no node's 40 hex digits in {path}: {advice}") from None
     node = secrets.randbits(ID_BITS)
     temporary = path.with_suffix(".new")
     temporary.write_text(node_hex(node) + "\n")
