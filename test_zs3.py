@@ -9442,6 +9442,15 @@ def test_the_kernel_chooses_the_interface_of_an_address_that_is_elsewhere(
     assert zs3_dist.interface_of(host) == interface
 
 
+def test_without_a_network_it_is_said_that_others_need_another_address(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(zs3_dist, "DISCOVERY_GROUP", ("256.0.0.1", 9083))
+    arguments = zs3.parse_arguments(["--distributed", "--host=0.0.0.0", "--port=9000"])
+    assert zs3_dist.advertised(arguments) == "127.0.0.1:9000"
+    assert "need an --advertise" in caplog.text
+
+
 def test_nodes_that_were_all_given_the_same_list_found_one_cluster(tmp_path: Path) -> None:
     nodes = [Process(tmp_path / str(number)) for number in range(3)]
     for node in nodes:

@@ -3963,6 +3963,7 @@ def advertised(args: argparse.Namespace) -> str:
                 host = probe.getsockname()[0]
             except OSError:
                 host = "127.0.0.1"
+                LOG.warning("no network: nodes on other machines need an --advertise of this one")
     return f"[{host}]:{args.port}" if ":" in host else f"{host}:{args.port}"
 
 
