@@ -9451,6 +9451,19 @@ def test_without_a_network_it_is_said_that_others_need_another_address(
     assert "need an --advertise" in caplog.text
 
 
+def test_a_job_may_rest_for_longer_than_the_machine_can_wait(lonely: Lonely) -> None:
+    done = threading.Event()
+    job = zs3_dist.Job(lonely.store, done.set, 1e12)
+    thread = threading.Thread(target=job, daemon=True)
+    thread.start()
+    assert done.wait(5)
+    thread.join(0.05)
+    assert thread.is_alive()
+    lonely.store.closing.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_nodes_that_were_all_given_the_same_list_found_one_cluster(tmp_path: Path) -> None:
     nodes = [Process(tmp_path / str(number)) for number in range(3)]
     for node in nodes:

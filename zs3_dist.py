@@ -3522,7 +3522,8 @@ class Job:
     """Calls a step again and again, `interval` seconds apart, until the store is closed."""
 
     def __init__(self, store: DistributedStore, step: Callable[[], None], interval: float) -> None:
-        self.store, self.step, self.interval = store, step, interval
+        self.store, self.step = store, step
+        self.interval = min(interval, threading.TIMEOUT_MAX)
         self.__name__ = step.__name__
 
     def __call__(self) -> None:
