@@ -7022,7 +7022,7 @@ class StubPeers:
     def skipped(self, node: int) -> bool:
         return False
 
-    def heard(self, node: int) -> None:
+    def heard(self, contact: Contact) -> None:
         pass
 
     keep = heard
@@ -9069,7 +9069,7 @@ def test_a_question_not_yet_sent_when_others_are_enough_is_sent_all_the_same(
 def test_a_late_answer_of_a_stranger_is_not_one_of_the_peer() -> None:
     with fake_peers(1) as (fakes, peers):
         fakes[0].seal = zs3_dist.Seal(fakes[0].contact, "another secret")
-        peers.fail(0)
+        peers.fail(fakes[0].contact)
         peers.ask(questions(fakes), lambda raw: True, 1, 10.0)
         let_late_answers_come(peers, fakes[0])
         assert peers.skipped(0)
@@ -9079,9 +9079,23 @@ def test_who_was_waited_for_in_vain_is_slow_though_it_is_heard_from() -> None:
     with fake_peers(3, silent=2) as (fakes, peers):
         peers.ask(questions(fakes), lambda raw: good(raw) >= 2, 3, 10.0, 0.2)
         node = fakes[2].contact.node
-        peers.heard(node)
+        peers.heard(fakes[2].contact)
         assert peers.slow(node) and not peers.skipped(node)
         assert not peers.slow(fakes[0].contact.node)
+
+
+def test_that_a_peer_is_silent_and_that_it_is_back_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    peers = zs3_dist.Peers(zs3_dist.Seal(Contact(1, "a:1"), "secret"))
+    peer = Contact(2, "b:1")
+    for _ in range(2):
+        for tell in (peers.heard, peers.fail, peers.fail, peers.heard, peers.heard):
+            tell(peer)
+    peers.fail(Contact(0, "c:1"))  # an address at which no node is known yet
+    told = [record.getMessage().partition(" at ")[2] for record in caplog.records]
+    assert told == ["b:1 does not answer", "b:1 answers again"] * 2
 
 
 def test_an_answer_without_the_cluster_key_is_no_answer() -> None:

@@ -643,16 +643,21 @@ class Peers:
         """Did it fail to answer lately?"""
         return self._skipped.get(node, 0.0) > time.monotonic()
 
-    def fail(self, node: int) -> None:
+    def fail(self, contact: Contact) -> None:
         """It did not answer in time."""
         with self._lock:
-            self._skipped[node] = time.monotonic() + SKIP_SECONDS
+            is_news = contact.node and contact.node not in self._skipped
+            self._skipped[contact.node] = time.monotonic() + SKIP_SECONDS
+        if is_news:
+            LOG.warning("node %s at %s does not answer", node_hex(contact.node), contact.address)
 
-    def heard(self, node: int) -> None:
+    def heard(self, contact: Contact) -> None:
         """It spoke: ask it again at once."""
-        if node in self._skipped:
+        if contact.node in self._skipped:
             with self._lock:
-                self._skipped.pop(node, None)
+                is_news = self._skipped.pop(contact.node, None)
+            if is_news and contact.node:
+                LOG.info("node %s at %s answers again", node_hex(contact.node), contact.address)
 
     def slow(self, node: int) -> bool:
         """Is it not worth to be lingered for?"""
@@ -720,7 +725,7 @@ class Peers:
                     return False
                 self.give(call.to.address, call.link)
                 if call.good(reply):
-                    self.heard(call.to.node)
+                    self.heard(call.to)
                 return True
         except OSError:
             call.link.close()  # the peer went away; whoever needs it next will notice
@@ -728,7 +733,7 @@ class Peers:
         if time.monotonic() < call.deadline:
             return False
         call.link.close()
-        self.fail(call.to.node)
+        self.fail(call.to)
         return True
 
     def keep(self, addresses: Collection[str]) -> None:
@@ -793,7 +798,7 @@ class Exchange:
             else:
                 late.append(call)
             if unsent:
-                self.peers.fail(call.to.node)
+                self.peers.fail(call.to)
         self.peers.later(late)
 
     def _step(self, stop: float) -> None:
@@ -829,7 +834,7 @@ class Exchange:
 
     def _lost(self, to: Contact) -> None:
         self.answers[to.node] = Reply(0)
-        self.peers.fail(to.node)
+        self.peers.fail(to)
 
     def _send(self, question: Question, link: Link) -> None:
         call = Call(question, link, self.peers.seal, self.deadline)
@@ -850,7 +855,7 @@ class Exchange:
             reply = Reply(0)
         self.answers[call.to.node] = reply
         if reply.status:
-            self.peers.heard(call.to.node)
+            self.peers.heard(call.to)
         if reply.status != 200:
             self._start()
 
@@ -2379,7 +2384,7 @@ class Cluster:
         """It sent something sealed, or answered: that is where it is, whatever the view says. Not
         by a hello: a copied disk says that, too, before it knows that it is one."""
         self.node.saw(contact)
-        self.peers.heard(contact.node)
+        self.peers.heard(contact)
         view = self.node.registers.view
         member = view.member(contact.node) if view else None
         if member == contact:
@@ -2391,6 +2396,8 @@ class Cluster:
         """Note whether this node is a member, and not a copy of its disk at another address."""
         view = self.node.registers.view
         if view is not None and view.member(self.own.node) == self.own:
+            if not self.joined.is_set():
+                LOG.info("node %s is a member, at %s", node_hex(self.own.node), self.own.address)
             self.joined.set()
         else:
             self.joined.clear()
@@ -3676,8 +3683,8 @@ class Membership:
         same, so that nobody who joins has to wait; then there is nothing to wait for, either."""
         view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
         self.registers.install([view])
+        LOG.info("founded a cluster")
         self.cluster.check_membership()
-        LOG.info("founded a cluster as node %s", node_hex(self.node.own.node))
 
     def _install(self, answer: Message) -> None:
         views = [View.from_json(raw) for raw in answer["views"]]
@@ -3704,7 +3711,6 @@ class Membership:
 
         self.propose(make)
         self.cluster.check_membership()
-        LOG.info("node %s is a member, at %s", node_hex(own.node), own.address)
 
     def _merge(self, view: View) -> None:
         """A cluster of one node without a bucket gives itself up for another that it meets."""
