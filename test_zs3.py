@@ -4839,7 +4839,8 @@ class InProcess:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.thread.join()
-        self.server.finish()
+        if self.server.socket.fileno() >= 0:
+            self.server.finish()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.server.server_address[:2], timeout=20)
@@ -5414,11 +5415,17 @@ def test_a_file_copied_in_is_an_object_at_once(disk: Client) -> None:
 
 def test_the_name_of_a_file_copied_in_says_what_it_is(disk: Client) -> None:
     (disk.folder / "site").mkdir()
-    for name, kind in (("index.html", "text/html"), ("a.css", "text/css"), ("a.PNG", "image/png"),
-                       ("a", "binary/octet-stream"), ("a.zzz", "binary/octet-stream")):  # fmt: skip
-        (disk.folder / "site" / name).write_bytes(b"x")
-        assert disk.get(f"site/{name}").ok().headers["content-type"] == kind
-        assert disk.head(f"site/{name}").ok().headers["content-type"] == kind
+    (disk.folder / "data:a").mkdir()
+    unknown = "binary/octet-stream"
+    for name, kind in (("site/index.html", "text/html"), ("site/a.PNG", "image/png"),
+                       ("site/a", unknown), ("site/a.zzz", unknown), ("site/a.html.gz", unknown),
+                       ("data:a/日,z", unknown), ("data:a/b\r\nx-evil: y,z", unknown)):  # fmt: skip
+        (disk.folder / name).write_bytes(b"x")
+        answer = disk.get(name).ok()
+        assert answer.headers["content-type"] == kind and "x-evil" not in answer.headers
+        disk.copy(name, "copy").ok()
+        assert disk.head(name).headers["content-type"] == kind
+        assert disk.head("copy").headers["content-type"] == kind
     disk.put("put.html", b"x").ok()
     assert disk.head("put.html").headers["content-type"] == "binary/octet-stream"
     disk.put("typed.html", b"x", content_type="text/plain").ok()
@@ -6517,9 +6524,18 @@ def test_what_only_a_cluster_can_do_is_refused_without_one(
     zs3.parse_arguments(["--distributed", given])
 
 
+def test_an_environment_for_nodes_may_be_that_of_others_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of a container in which --check is run."""
+    monkeypatch.setenv("ZS3_CLUSTER_SECRET", "secret")
+    assert zs3.parse_arguments(["--check"]).check
+
+
 def test_an_origin_has_a_scheme(capsys: pytest.CaptureFixture[str]) -> None:
     """Or else it would match none that a browser sends."""
-    assert zs3.parse_arguments(["--cors-origin=*,http://a:1"]).cors_origin == ["*", "http://a:1"]
+    taken = ["*", "null", "http://a:1"]
+    assert zs3.parse_arguments([f"--cors-origin={','.join(taken)}"]).cors_origin == taken
     with pytest.raises(SystemExit):
         zs3.parse_arguments(["--cors-origin=example.com"])
     assert "'example.com' is no origin" in capsys.readouterr().err
@@ -6529,6 +6545,7 @@ def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixtur
     """What one of them wrote would seem to be lost in the other."""
     standalone = ["--port=0", f"--data-dir={folder}"]
     (folder / "bucket").mkdir(parents=True)
+    (folder / "aquota.user").write_bytes(b"a file with the name of a bucket")
     assert zs3.main([*standalone, "--distributed"]) == 1
     assert "it has the buckets of a standalone server" in capsys.readouterr().err
     (folder / ".node_id").write_text("0" * 40)
@@ -6537,15 +6554,20 @@ def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixtur
     zs3.prepare_folder(zs3.parse_arguments([*standalone, "--distributed"]))
     (folder / ".node_id").unlink()
     zs3.prepare_folder(zs3.parse_arguments(standalone))
+    (folder / "bucket").rmdir()
+    zs3.prepare_folder(zs3.parse_arguments([*standalone, "--distributed"]))
 
 
 @pytest.mark.parametrize("part", ["", "/.tmp"])
 def test_a_folder_that_cannot_be_written_is_said_at_the_start(
     folder: Path, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != f"{folder}{part}")
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: path != f"{folder}{part}")
     assert zs3.main(["--port=0", f"--data-dir={folder}"]) == 1
     assert f"no permission to read and write in {folder}{part}\n" in capsys.readouterr().err
+    read_only = types.SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)  # then reading is what is wanted
+    zs3.prepare_folder(zs3.parse_arguments([f"--data-dir={folder}"]))
 
 
 def test_distributed_mode_without_its_module_says_which(tmp_path: Path) -> None:
@@ -6740,6 +6762,35 @@ def test_a_signal_finishes_the_requests_under_way_and_exits_0(folder: Path, numb
         s3.close()
     assert (folder / "bucket/slow").read_bytes() == b"0123456789"
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("sent", [PLAIN_GET + b"\r\n", PLAIN_GET + b"GET / HT"])
+def test_a_part_of_a_head_does_not_keep_a_server_from_stopping(sent: bytes) -> None:
+    """A client may send a line end behind a request (RFC 9112, 2.2), or be stuck."""
+    with InProcess(slow_once()) as server, server.connect() as client:
+        client.sendall(sent)
+        assert answers(client, 1) == 1
+        time.sleep(0.2)
+        began = time.monotonic()
+        server.__exit__()
+        assert time.monotonic() - began < zs3.OWN_SECONDS + 2
+
+
+def test_stopping_at_the_limit_of_open_files_takes_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no accepting the connections that wait."""
+    monkeypatch.setattr(zs3, "SHUTDOWN_SECONDS", 0.3)
+
+    def get_request(_: object) -> None:
+        time.sleep(0.1)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(zs3.Server, "get_request", get_request)
+    with InProcess(lambda request: zs3.Response(200)) as server, server.connect():
+        began = time.monotonic()
+        server.__exit__()
+        assert time.monotonic() - began < 3
 
 
 def test_a_request_that_never_ends_does_not_keep_a_server_from_stopping(folder: Path) -> None:
@@ -7891,6 +7942,18 @@ def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
     for _ in range(2):
         member.obey()
     assert caplog.messages == [f"--forget: no member of this cluster is {gone.node:040x}"]
+
+
+def test_the_last_of_two_may_forget_the_other_from_a_new_address() -> None:
+    net, (one, other) = owners(2)
+    put(one, OLD)
+    one.own = one.node.own = one.own._replace(address="sim:99")
+    net.down = {other.own.node}
+    one.check_membership()
+    member = zs3_dist.Membership(housekeeping(one)[0].store, [], 3, ordered=other.own.node)
+    member.obey()
+    member.join()
+    assert one.joined.is_set() and one.known_view().members == (one.own,) and get(one) == OLD
 
 
 def test_two_nodes_that_have_forgotten_each_other_say_so(

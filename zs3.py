@@ -2434,6 +2434,15 @@ def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return kept | metadata
 
 
+def kept_headers(info: ObjectInfo) -> dict[str, str]:
+    """The headers that an object keeps; the type of a file that was copied in is that of its name,
+    unless it is packed."""
+    if not info.etag.endswith("-0"):
+        return info.headers
+    kind, packed = MIME_TYPES.guess_type("/" + info.key)  # "/": no name is taken for a data: URL
+    return ({"content-type": kind} if kind and not packed else {}) | info.headers
+
+
 def write_condition(request: Request) -> Condition:
     """The condition of a write, from its headers. NotImplemented for one by date, lest the write be
     done as if there were none (RFC 9110, 13.1.4; a write ignores If-Modified-Since, by 13.1.3)."""
@@ -2783,12 +2792,10 @@ def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, 
 
 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
-    """What GET and HEAD say of an object. `response-*` parameters replace stored headers. What a
-    file is that somebody copied in, its name tells."""
-    guess = MIME_TYPES.guess_type(info.key)[0] if info.etag.endswith("-0") else None
+    """What GET and HEAD say of an object. `response-*` parameters replace stored headers."""
     headers = {
         "Last-Modified": http_date(int(info.modified)), "ETag": quoted(info.etag),
-        "Accept-Ranges": "bytes", "content-type": guess or "binary/octet-stream", **info.headers,
+        "Accept-Ranges": "bytes", "content-type": "binary/octet-stream", **kept_headers(info),
     }
     for name in STORED_HEADERS if request.query else ():
         if (value := request.query.get(f"response-{name}")) is not None:
@@ -2944,7 +2951,8 @@ def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Conten
 
 def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
     """What the copy of `info` shall be: x-amz-metadata-directive decides whose headers it has."""
-    info = replace(info, upload_id="")  # lest its Complete, repeated, succeed at the copy's key
+    # Without an upload, lest its Complete, repeated, succeed at the copy's key.
+    info = replace(info, headers=kept_headers(info), upload_id="")
     directive = request.header("x-amz-metadata-directive") or "COPY"
     if directive not in ("COPY", "REPLACE"):
         raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
@@ -3529,12 +3537,11 @@ class Connection(BaseRequestHandler):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.wire = Wire(self.socket, self._patiently)
-        self.waits_since = time.monotonic()  # for its next request; infinity: it does not
+        self.waits_since = time.monotonic()  # for its next request's head; infinity: it does not
 
     def answer_next(self) -> bool:
         """Answer a request, which is under way before it is read: Server.finish() shall not miss
         it. Whether the connection is good for another."""
-        self.waits_since = math.inf
         try:
             with self.server.under_way():
                 return self._answer_next()
@@ -3590,6 +3597,7 @@ class Connection(BaseRequestHandler):
         began = time.monotonic()
         try:
             head = self.wire.read_head()
+            self.waits_since = math.inf
             if not head:
                 return False
             began = time.monotonic()
@@ -3927,11 +3935,15 @@ class Server(ThreadingHTTPServer):
         SHUTDOWN_SECONDS at most."""
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         for _ in range(BACKLOG):
-            if has_come([self]):
+            if has_come([self]) and time.monotonic() < deadline:
                 self.handle_request()
         self.server_close()
+        patience = time.monotonic() + OWN_SECONDS  # with heads of which only a part has come
         while self._is_busy() and time.monotonic() < deadline:
             self.service_actions()
+            for connection in list(self._connections) if time.monotonic() > patience else ():
+                if connection.waits_since < math.inf:
+                    connection.end()
             time.sleep(STOP_SECONDS)
         self._closed = True
 
@@ -3972,7 +3984,7 @@ def parse_names(text: str) -> list[str]:
 def parse_origins(text: str) -> list[str]:
     """Origins as browsers send them, or *."""
     names = parse_names(text)
-    if wrong := [name for name in names if name != "*" and "://" not in name]:
+    if wrong := [name for name in names if name not in ("*", "null") and "://" not in name]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no origin such as https://example.com")
     return names
 
@@ -4106,9 +4118,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.distributed and args.workers > 1:
         parser.error("--workers does not go with --distributed: start more nodes instead")
+    flags = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     for option in OPTIONS:
-        asked = getattr(args, option.name.replace("-", "_")) != option.kind(option.default)
-        if option.group == CLUSTER and asked and not args.distributed:
+        if option.group == CLUSTER and f"--{option.name}" in flags and not args.distributed:
             parser.error(f"--{option.name} needs --distributed")
     # The nodes of one machine, started in one directory, get a folder each.
     beside = args.distributed and args.port != PORT
@@ -4133,10 +4145,9 @@ def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
     if args.distributed:
         try:
             import zs3_dist  # noqa: PLC0415 - copying zs3.py alone gives a standalone server
-        except ModuleNotFoundError:
-            sys.exit("zs3: distributed mode needs zs3_dist.py beside zs3.py")
         except ImportError as error:
-            sys.exit(f"zs3: {error}")
+            beside = "distributed mode needs zs3_dist.py beside zs3.py"
+            sys.exit(f"zs3: {beside if error.name == 'zs3_dist' else error}")
         return zs3_dist.open_store(args, credentials)
     return FileStore(args.data_dir, args.fsync)
 
@@ -4273,15 +4284,21 @@ def serve_workers(
 
 
 def prepare_folder(args: argparse.Namespace) -> None:
-    """Make the data folder, if need be. OSError unless it is of this mode, and can be written."""
-    os.makedirs(os.path.join(args.data_dir, ".tmp"), exist_ok=True)
-    names = os.listdir(args.data_dir)
-    if not args.distributed and ".node_id" in names:
+    """Make the data folder, if need be. OSError unless it is of this mode and may be written, or is
+    on a file system that can only be read."""
+    temp = os.path.join(args.data_dir, ".tmp")
+    os.makedirs(temp, exist_ok=True)
+    with os.scandir(args.data_dir) as entries:
+        buckets = [each for each in entries if is_bucket_name(each.name) and each.is_dir()]
+    is_node = os.path.exists(os.path.join(args.data_dir, ".node_id"))
+    if is_node and not args.distributed:
         raise OSError(errno.EEXIST, "it is that of a node, which needs --distributed")
-    if args.distributed and ".node_id" not in names and any(map(is_bucket_name, names)):
+    if buckets and args.distributed and not is_node:
         raise OSError(errno.EEXIST, "it has the buckets of a standalone server")
-    for folder in (args.data_dir, os.path.join(args.data_dir, ".tmp")):
-        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    for folder in (args.data_dir, temp):
+        may_write = os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective)
+        if not (may_write or os.statvfs(folder).f_flag & os.ST_RDONLY):
             raise PermissionError(errno.EACCES, f"no permission to read and write in {folder}")
 
 
@@ -4301,9 +4318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         return check_health(args)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="zs3: %(message)s")
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # whoever started us has closed it; no file or client shall get what is logged
-    os.close(null)
+    with contextlib.suppress(OSError):  # there is no such device
+        while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass  # whoever started us has closed it; no file or client shall get what is logged
+        os.close(null)
     credentials = choose_credentials(args)
     host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)

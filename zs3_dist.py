@@ -3802,7 +3802,8 @@ class Membership:
         def make(view: View) -> View | None:
             if view.member(node) is None:
                 return None
-            after = view.with_members(c for c in view.members if c.node != node)
+            moved = (own if c.node == own.node else c for c in view.members)  # we may have
+            after = view.with_members(c for c in moved if c.node != node)
             if node != self.ordered:
                 return after
             if self._left_alone(view.members):  # the operator says that it is gone for good
@@ -3816,7 +3817,10 @@ class Membership:
         """Forget whom the operator orders to forget, once."""
         if self.ordered is None or self.obeyed:
             return
-        if self.cluster.view().member(self.ordered):
+        # The view of our disk may be older than the member; the newest one is had by joining. But
+        # the last of two, at a new address, joins only by forgetting the other.
+        views = (self.cluster.known_view, self.cluster.view)
+        if any(view().member(self.ordered) for view in views):
             self.forget(self.ordered)
         else:
             LOG.error("--forget: no member of this cluster is %s", node_hex(self.ordered))
