@@ -2260,13 +2260,6 @@ def upload_ids(store: Store, bucket: str) -> set[str]:
     return {info.key.split("/")[1] for info in store.scan(UPLOADS, f"{bucket}/", "", "/")}
 
 
-def list_uploads(store: Store, bucket: str) -> list[Upload]:
-    """Every upload in progress in a bucket, by key and then by time of initiation."""
-    ids = upload_ids(store, bucket)
-    found = [upload for each in ids if (upload := find_upload(store, bucket, each))]
-    return sorted(found, key=lambda upload: (upload.key, upload.id))
-
-
 def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[int, ObjectInfo]]:
     """Number and object of each part above number `after`, in order."""
     for info in store.scan(UPLOADS, upload.part_key(0)[:-5], upload.part_key(after + 1), ""):
@@ -3158,7 +3151,7 @@ def list_multipart_uploads(store: Store, request: Request) -> Response:
     id_marker = request.query.get("upload-id-marker", "")
     store.stat_bucket(request.bucket)
     marker = (key_marker, id_marker or "g") if key_marker else ("", "")  # "g" is above every id
-    shown, prefixes, following = uploads_page(list_uploads(store, request.bucket), query, marker)
+    shown, prefixes, following = uploads_page(store, query, marker)
     uploads = [
         xml(Key=query.show(each.key), Initiated=iso_date(each.initiated), **upload_fields(each))
         for each in shown
@@ -3173,26 +3166,21 @@ def list_multipart_uploads(store: Store, request: Request) -> Response:
 
 
 def uploads_page(
-    uploads: Iterable[Upload], query: ListQuery, marker: tuple[str, str]
+    store: Store, query: ListQuery, marker: tuple[str, str]
 ) -> tuple[list[Upload], list[str], tuple[str, str] | None]:
-    """Uploads and common prefixes above `marker`, a key or common prefix and an upload id, and the
-    marker of the next page, None on the last. `uploads` are in order."""
-    shown: list[Upload] = []
-    prefixes: list[str] = []
-    last = marker
-    for upload in uploads:
-        group = common_prefix(upload.key, query.prefix, query.delimiter)
-        place = (group or upload.key, "" if group else upload.id)
-        if not upload.key.startswith(query.prefix) or place <= marker or group in prefixes[-1:]:
-            continue
-        if len(shown) + len(prefixes) >= query.limit:
-            return shown, prefixes, last if query.limit else None
-        last = place
-        if group:
-            prefixes.append(group)
-        else:
-            shown.append(upload)
-    return shown, prefixes, None
+    """Uploads, by key and then by time of initiation, and common prefixes above `marker`, a key or
+    common prefix and an upload id, and the marker of the next page, None on the last."""
+    places: dict[tuple[str, str], Upload] = {}
+    for upload_id in upload_ids(store, query.bucket):
+        upload = find_upload(store, query.bucket, upload_id)
+        if upload is not None and upload.key.startswith(query.prefix):
+            group = common_prefix(upload.key, query.prefix, query.delimiter)
+            places[(group, "") if group else (upload.key, upload.id)] = upload
+    above = sorted(place for place in places if place > marker)
+    page = above[: query.limit]
+    shown = [places[place] for place in page if place[1]]
+    prefixes = [group for group, upload_id in page if not upload_id]
+    return shown, prefixes, page[-1] if page and page != above else None
 
 
 # ===== 10 Routes =====
