@@ -2686,19 +2686,15 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     )
 
 
-def listing(query: ListQuery, page: Page, owner: Xml | None, **fields: object) -> Response:
-    """The ListBucketResult of either version."""
-    return page_document("ListBucketResult", "Contents", query, page, owner, {}, **fields)
-
-
-def page_document(
-    root: str, each: str, query: ListQuery, page: Page, owner: Xml | None,
-    more: Mapping[str, object], **fields: object,
+def listing(
+    query: ListQuery, page: Page, owner: Xml | None, versions: bool = False, **fields: object
 ) -> Response:
-    """A page of keys, with `more` in each. davix wants all else before the first of them."""
+    """A page of keys, each as its one version if asked for. davix wants all else before them."""
+    root, each = ("ListVersionsResult", "Version") if versions else ("ListBucketResult", "Contents")
+    version = {"VersionId": "null", "IsLatest": True} if versions else {}
     contents = [
         xml(
-            Key=query.show(info.key), **more, LastModified=iso_date(info.modified),
+            Key=query.show(info.key), **version, LastModified=iso_date(info.modified),
             ETag=quoted(info.etag), ChecksumAlgorithm=list(info.checksums),
             ChecksumType=info.checksum_type or None, Size=info.size, Owner=owner,
             StorageClass="STANDARD",
@@ -2719,9 +2715,8 @@ def list_object_versions(store: Store, request: Request) -> Response:
     marker = request.query.get("key-marker", "")
     page = query.page(store, start_after(marker, query.prefix, query.delimiter))
     following = None if page.next_start is None else query.show(page.last)
-    return page_document(
-        "ListVersionsResult", "Version", query, page, OWNER,
-        {"VersionId": "null", "IsLatest": True}, KeyMarker=query.show(marker), VersionIdMarker="",
+    return listing(
+        query, page, OWNER, versions=True, KeyMarker=query.show(marker), VersionIdMarker="",
         NextKeyMarker=following, NextVersionIdMarker=following and "null",
     )
 
