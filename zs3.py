@@ -1804,18 +1804,15 @@ class FileStore:
         etag = f"{status.st_mtime_ns:016x}{status.st_size:016x}-0"
         return ObjectInfo(key, status.st_size, etag, modified, record.get("headers", {})), False
 
-    def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
-        """The object at a path, if it is one. Two calls by path may meet two files, one replacing
-        the other: then look again through one open file."""
-        try:
-            status = file_status(path)
-            info, holds = self._describe(path, bucket, key, status)
-            if not holds and file_identity(file_status(path)) != file_identity(status):
-                with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
-                    info, content = self._open(path, bucket, key)
-                    content.close()
-        except FileNotFoundError:
-            return None
+    def _stat(self, path: str, bucket: str, key: str) -> ObjectInfo:
+        """The object at a path. Two calls by path may meet two files, one replacing the other: then
+        look again through one open file. FileNotFoundError."""
+        status = file_status(path)
+        info, holds = self._describe(path, bucket, key, status)
+        if not holds and file_identity(file_status(path)) != file_identity(status):
+            with contextlib.suppress(PermissionError):  # it cannot be read, but it is there
+                info, content = self._open(path, bucket, key)
+                content.close()
         return info
 
     def _open(self, path: str, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
@@ -1846,9 +1843,8 @@ class FileStore:
 
     def _current(self, bucket: str, key: str) -> ObjectInfo | None:
         for path in self._paths(bucket, key):
-            info = self._stat(path, bucket, key)
-            if info is not None:
-                return info
+            with contextlib.suppress(FileNotFoundError):  # try the next
+                return self._stat(path, bucket, key)
         return None
 
     def open_object(self, bucket: str, key: str) -> tuple[ObjectInfo, FileContent]:
@@ -1880,11 +1876,10 @@ class FileStore:
                 continue  # a file that somebody put too deep for a key
             try:
                 info = self._stat(path, bucket, key)
-            except PermissionError:
-                continue  # in a folder that may be read but not entered
-            if info is not None:
-                yield info
-                last, last_group = key, group
+            except (FileNotFoundError, PermissionError):
+                continue  # deleted meanwhile; in a folder that may be read but not entered
+            yield info
+            last, last_group = key, group
 
     def _walk(
         self, folder: str, base: str, prefix: str, start: str, grouped: bool, longest: int
