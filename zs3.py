@@ -847,10 +847,6 @@ class WireBody(io.RawIOBase):
         """For io.BufferedReader."""
         return True
 
-    def is_small(self) -> bool:
-        """Whether it has SMALL_BYTES at most."""
-        return self.length is not None and self.length <= SMALL_BYTES
-
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the body goes; 0 at its end. IncompleteBody, RequestTimeout."""
         if self.proceed is not None:
@@ -1545,12 +1541,10 @@ class DirectoryCache:
 
     def _remember(self, path: str, identity: tuple[int, ...], names: list[str]) -> None:
         with self._lock:
-            replaced = self._entries.get(path)
-            self._entries[path] = (identity, names)
-            self._entries.move_to_end(path)
-            self._names += len(names) + DIRECTORY_NAMES
-            if replaced is not None:
+            if replaced := self._entries.pop(path, None):
                 self._names -= len(replaced[1]) + DIRECTORY_NAMES
+            self._entries[path] = (identity, names)
+            self._names += len(names) + DIRECTORY_NAMES
             while self._names > MAX_CACHED_NAMES:
                 _, (_, dropped) = self._entries.popitem(last=False)
                 self._names -= len(dropped) + DIRECTORY_NAMES
@@ -3179,8 +3173,6 @@ SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
 READ, WRITE, ADMIN = "read", "write", "admin"
 ROLES = {"admin": {READ, WRITE, ADMIN}, "writer": {READ, WRITE}, "reader": {READ}}
 
-Operation = Callable[[Store, Request], Response]
-
 
 class Route(NamedTuple):
     """One row: a request with this method, this kind of resource, exactly these sub-resources in
@@ -3189,7 +3181,7 @@ class Route(NamedTuple):
     method: str
     resource: str
     subresources: tuple[str, ...]
-    operation: Operation
+    operation: Callable[[Store, Request], Response]
     permission: str
     header: str = ""
 
@@ -3587,7 +3579,8 @@ class Connection(BaseRequestHandler):
             )
             request.wire.ended = False
             return self._finish(request, error_response(request, error), began)
-        if self.server.service.waits(request) or not request.wire.is_small():
+        length = request.wire.length
+        if self.server.service.waits(request) or length is None or length > SMALL_BYTES:
             self.wait()
         return self._finish(request, self._respond(request), began)
 
