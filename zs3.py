@@ -438,9 +438,10 @@ HOST_ID = base64.b64encode(secrets.token_bytes(24)).decode()  # x-amz-id-2: whic
 
 
 class Stream(NamedTuple):
-    """A body of `length` bytes of `content` from `start`; whoever writes it closes the content."""
+    """A body of `length` bytes of `content` from `start`; whoever writes it closes the content. The
+    answer to HEAD has none, but the length."""
 
-    content: Content
+    content: Content | None
     start: int
     length: int
 
@@ -2733,39 +2734,33 @@ def get_object(store: Store, request: Request) -> Response:
     """GET /bucket/key."""
     info, content = store.open_object(request.bucket, request.key)
     try:
-        response, start, length = object_response(request, info)
+        return object_response(request, info, content)
     except BaseException:
         content.close()
         raise
-    response.body = Stream(content, start, length)
-    return response
 
 
 def head_object(store: Store, request: Request) -> Response:
     """HEAD /bucket/key: the head that GET would have."""
-    info = store.stat_object(request.bucket, request.key)
-    response, _, length = object_response(request, info)
-    if response.status != 304:  # whose length would be the object's (RFC 9110, 8.6)
-        response.headers["Content-Length"] = str(length)
-    return response
+    return object_response(request, store.stat_object(request.bucket, request.key), None)
 
 
-def object_response(request: Request, info: ObjectInfo) -> tuple[Response, int, int]:
-    """The head of an answer to GET or HEAD, and start and length of the bytes that belong to it."""
+def object_response(request: Request, info: ObjectInfo, content: Content | None) -> Response:
+    """The answer to GET, or to HEAD, for which no content was opened."""
     headers = object_headers(request, info)
     if not_modified(request.headers, info):
-        return Response(304, headers), 0, 0
+        return Response(304, headers, Stream(content, 0, 0))
     chosen = chosen_range(request, info)
     if chosen is None:
         if request.header("x-amz-checksum-mode").upper() == "ENABLED":
             headers |= checksum_headers(info)  # never with a part, which would not match
-        return Response(200, headers), 0, info.size
+        return Response(200, headers, Stream(content, 0, info.size))
     start, length = chosen
     if length:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{info.size}"
     if "partNumber" in request.query and info.parts:
         headers["x-amz-mp-parts-count"] = str(len(info.parts))
-    return Response(206, headers), start, length
+    return Response(206, headers, Stream(content, start, length))
 
 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
@@ -3467,7 +3462,7 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
         f"x-amz-id-2: {HOST_ID}",
     ]
     lines += [f"{name}: {value}" for name, value in response.headers.items()]
-    if response.status not in (204, 304) and "Content-Length" not in response.headers:
+    if response.status not in (204, 304):  # of 304 it would be the object's (RFC 9110, 8.6)
         lines.append(f"Content-Length: {response.length}")
     if not keep:
         lines.append("Connection: close")
@@ -3654,6 +3649,7 @@ class Connection(BaseRequestHandler):
     def _send_stream(self, head: bytes, body: Stream) -> None:
         """Write an object's bytes: small ones in one piece with the head, a file by sendfile."""
         content, start, left = body
+        assert content is not None
         if left > LARGE_BYTES:
             self.wait()
         if isinstance(content, FileContent) and left > SMALL_BYTES and hasattr(os, "sendfile"):
