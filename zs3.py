@@ -1569,7 +1569,7 @@ def read_names(path: str) -> Iterator[str]:
 
 
 # For reading, without waiting for the writer of a FIFO.
-open_file = functools.partial(os.open, flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+open_file = functools.partial(os.open, flags=os.O_RDONLY | os.O_NONBLOCK)
 
 
 def find_file(path: str, look: Callable[[str], Any]) -> Any:
@@ -1632,8 +1632,7 @@ class FileStore:
         stripe = zlib.crc32(f"{bucket}/{key}".encode()) % LOCK_STRIPES
         name = f"key-{stripe:02x}" if key else "bucket"
         # Opened for each holder: flock lets all in together who share what one open() gave.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        file = os.open(f"{self._root}/.locks/{name}", flags, 0o666)
+        file = os.open(f"{self._root}/.locks/{name}", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -1953,7 +1952,7 @@ class FileStore:
     def _held(self, part: ObjectInfo) -> Iterator[None]:
         """Hold a part of an upload against others that make an object of it. InvalidPart."""
         try:
-            file = os.open(f"{self._bucket_path(UPLOADS)}/{part.key}", os.O_RDWR | os.O_CLOEXEC)
+            file = os.open(f"{self._bucket_path(UPLOADS)}/{part.key}", os.O_RDWR)
         except FileNotFoundError:
             raise S3Error("InvalidPart") from None
         try:
@@ -2009,7 +2008,7 @@ class FileStore:
         self._require_bucket(bucket)
         self._check(condition, bucket, key)
         path = f"{self._temp_prefix}-{next(self._temp_count)}"
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             yield file, path
         except BaseException:
@@ -2117,7 +2116,7 @@ class FileStore:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
         while self._fsync:
             try:
-                file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             except (FileNotFoundError, NotADirectoryError):
                 folder = os.path.dirname(folder)  # pruned meanwhile: its own removal is what counts
                 continue
