@@ -2261,9 +2261,9 @@ def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
         store.delete_object(UPLOADS, info.key, NO_CONDITION)
 
 
-def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
+def expire_uploads(store: Store, bucket: str, horizon: float) -> None:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
-    the epoch; also of those whose record is gone. Returns the number of uploads."""
+    the epoch; also of those whose record is gone."""
     latest: dict[str, float] = {}
     for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
         upload_id = info.key.split("/")[1]
@@ -2271,7 +2271,8 @@ def expire_uploads(store: Store, bucket: str, horizon: float) -> int:
     stale = [upload_id for upload_id, modified in latest.items() if modified < horizon]
     for upload_id in stale:
         discard_upload(store, bucket, upload_id)
-    return len(stale)
+    if stale:
+        LOG.info("removed %d stale uploads of %s", len(stale), bucket)
 
 
 class ListedPart(NamedTuple):
@@ -4150,9 +4151,7 @@ def sweep_uploads(store: Store, expiry: float) -> None:
         try:
             # Not of list_buckets: an upload may have outlived its bucket.
             for bucket in {info.key.split("/")[0] for info in store.scan(UPLOADS, "", "", "/")}:
-                count = expire_uploads(store, bucket, time.time() - expiry)
-                if count:
-                    LOG.info("removed %d stale uploads of %s", count, bucket)
+                expire_uploads(store, bucket, time.time() - expiry)
         except (S3Error, OSError) as error:  # next time, then
             slow = isinstance(error, S3Error) and error.code == "SlowDown"
             LOG.log(logging.DEBUG if slow else logging.WARNING, "stale uploads: %s", error)
