@@ -3214,7 +3214,7 @@ ROUTES_OF: dict[tuple[str, str, frozenset[str]], list[Route]] = {}
 for _route in ROUTES:
     _asked = (_route.method, _route.resource, frozenset(_route.subresources))
     ROUTES_OF.setdefault(_asked, []).append(_route)
-METHODS = {route.method for route in ROUTES} | {"OPTIONS"}
+METHODS = {route.method for route in ROUTES}
 
 # Query parameters that say how an operation is done. Any other without a value is a sub-resource of
 # who signed the request, but not of a reader of public objects, to whose links pages add anything.
