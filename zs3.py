@@ -3471,9 +3471,8 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
-def has_come(those: Iterable[Any], seconds: float = 0.0) -> bool:
-    """Whether one of these connections or servers has, within `seconds`, what nobody has read or
-    accepted."""
+def has_come(those: Iterable[Connection | Server], seconds: float = 0.0) -> bool:
+    """Whether one of these has, within `seconds`, what nobody has read or accepted."""
     poller = select.poll()
     try:
         for each in those:
