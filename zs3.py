@@ -3658,26 +3658,19 @@ class Connection(BaseRequestHandler):
                 start += count
                 left -= count
         else:
-            left -= self._send_chunks(head, content.chunks(start, left))
+            chunks = content.chunks(start, left)
+            data = next(chunks, b"")  # an error so early is an answer; a later one ends this one
+            self._write(head + data)
+            left -= len(data)
+            try:
+                for data in chunks:
+                    self._write(data)
+                    left -= len(data)
+            except S3Error as error:
+                LOG.warning("%s", error)
         if left:
             LOG.warning("an object was cut short while it was sent")
             raise Gone  # the client is to see a connection that ended too early
-
-    def _send_chunks(self, head: bytes, chunks: Iterator[bytes | memoryview]) -> int:
-        """Write them; their number of bytes. An error after the first of them ends the answer."""
-        sent = 0
-        try:
-            for data in chunks:
-                self._write(head + data if head else data)
-                head = b""
-                sent += len(data)
-        except S3Error as error:
-            if head:
-                raise
-            LOG.warning("%s", error)
-        if head:
-            self._write(head)
-        return sent
 
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
