@@ -2907,18 +2907,16 @@ def copy_source(request: Request) -> tuple[str, str]:
     return bucket, key
 
 
-def open_copy_source(store: Store, request: Request) -> tuple[ObjectInfo, Content]:
+@contextlib.contextmanager
+def open_copy_source(store: Store, request: Request) -> Iterator[tuple[ObjectInfo, Content]]:
     """The source of a copy. PreconditionFailed unless x-amz-copy-source-if-* hold for it."""
     prefix = "x-amz-copy-source-"
     headers = {k[len(prefix) :]: v for k, v in request.headers.items() if k.startswith(prefix)}
     info, content = store.open_object(*copy_source(request))
-    try:
+    with contextlib.closing(content):
         if not_modified(headers, info):
             raise S3Error("PreconditionFailed", Condition="x-amz-copy-source-if-none-match")
-    except S3Error:
-        content.close()
-        raise
-    return info, content
+        yield info, content
 
 
 def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
@@ -2944,8 +2942,7 @@ def copy_object(store: Store, request: Request) -> Response:
         raise S3Error("InvalidRequest", "Only UploadPartCopy copies a range.")
     algorithm = parse_algorithm(request.header("x-amz-checksum-algorithm"))
     request.body.read_all(0)
-    source, content = open_copy_source(store, request)
-    with contextlib.closing(content):
+    with open_copy_source(store, request) as (source, content):
         wanted, condition = copied_info(request, source), write_condition(request)
         lacking = {algorithm} - {"", *source.checksums}
         if lacking or source.etag.endswith("-0"):
@@ -3015,8 +3012,7 @@ def upload_part_copy(store: Store, request: Request) -> Response:
     refuse_headers(request.headers)
     request.body.read_all(0)
     upload, key = requested_part(store, request)
-    source, content = open_copy_source(store, request)
-    with contextlib.closing(content):
+    with open_copy_source(store, request) as (source, content):
         start, length = copied_range(request, source)
         body = Body(ContentReader(content, start, length), length)
         if upload.algorithm:
