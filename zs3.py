@@ -3565,9 +3565,8 @@ class Connection(BaseRequestHandler):
         except S3Error as error:  # nobody knows where the next request begins
             request = Request(
                 "-", "-", "", {}, self.server.service.settings, client=self.client_address[0],
-                id=self.server.new_id(),
+                id=self.server.new_id(), wire=WireBody(self.wire, None),
             )
-            request.wire.ended = False
             return self._finish(request, error_response(request, error), began)
         length = request.wire.length
         if self.server.service.waits(request) or length is None or length > SMALL_BYTES:
