@@ -4013,13 +4013,15 @@ def test_a_key_in_which_every_character_is_escaped_is_no_long_tag(s3: Client) ->
 
 def test_a_long_namespace_costs_no_more_than_a_short_one() -> None:
     """It would be put before the name of each element."""
-    seconds = []
-    for namespace in (b"u", b"u" * 16000):
+
+    def seconds(namespace: bytes) -> float:
         document = b'<s3:Delete xmlns:s3="%b">%b</s3:Delete>' % (namespace, b"<s3:b/>" * 50000)
         start = time.thread_time()
         assert len(zs3.parse_xml(document, "Delete").findall("b")) == 50000
-        seconds.append(time.thread_time() - start)
-    assert seconds[1] < 4 * seconds[0]
+        return time.thread_time() - start
+
+    # The least of some: what else runs on the machine only adds.
+    assert min(seconds(b"u" * 16000) for _ in range(3)) < 4 * min(seconds(b"u") for _ in range(3))
 
 
 def test_delete_objects_refuses_a_document_that_no_thousand_keys_need(s3: Client) -> None:
