@@ -199,8 +199,6 @@ class RoutingTable:
     def failed(self, contact: Contact) -> None:
         """`contact` did not answer: the most recently seen waiting contact takes its place. With
         nobody waiting it stays, so that a cut network cable does not empty the table."""
-        if contact.node == self.own:
-            return
         index = bucket_index(self.own, contact.node)
         if contact.node in self.buckets[index] and self.waiting[index]:
             del self.buckets[index][contact.node]
@@ -829,17 +827,14 @@ class Exchange:
         except (OSError, UnicodeError):  # no name of a host can be like that
             self._lost(question.to)
             return False
-        self._send(question, link)
+        call = Call(question, link, self.peers.seal, self.deadline)
+        self.calls[link.socket.fileno()] = call
+        self._pump(call)
         return True
 
     def _lost(self, to: Contact) -> None:
         self.answers[to.node] = Reply(0)
         self.peers.fail(to)
-
-    def _send(self, question: Question, link: Link) -> None:
-        call = Call(question, link, self.peers.seal, self.deadline)
-        self.calls[link.socket.fileno()] = call
-        self._pump(call)
 
     def _pump(self, call: Call) -> None:
         try:
@@ -887,18 +882,16 @@ class Exchange:
 Lookup = Generator[list[Contact], Mapping[int, "list[Contact] | None"], list[Contact]]
 
 
-def lookup(
-    target: int, start: Iterable[Contact], own: int, count: int = CONTACTS_PER_BUCKET
-) -> Lookup:
-    """Find the `count` live nodes nearest to `target`, nearest first. (Kademlia, 2.3) A generator:
-    yields the contacts to ask in a round, is sent {node: contacts it knows, None if it did not
-    answer}, returns the result. LOOKUP_WIDTH are asked in a round; once a round brought nobody
-    nearer, all of the nearest that were not asked yet."""
+def lookup(target: int, start: Iterable[Contact], own: int) -> Lookup:
+    """Find the k live nodes nearest to `target`, nearest first. (Kademlia, 2.3) A generator: yields
+    the contacts to ask in a round, is sent {node: contacts it knows, None if it did not answer},
+    returns the result. LOOKUP_WIDTH are asked in a round; once a round brought nobody nearer, all
+    of the nearest that were not asked yet."""
     known = {contact.node: contact for contact in start if contact.node != own}
     asked: set[int] = set()
     width = LOOKUP_WIDTH
     while True:
-        best = nearest(known.values(), target, count)
+        best = nearest(known.values(), target, CONTACTS_PER_BUCKET)
         todo = [contact for contact in best if contact.node not in asked][:width]
         if not todo:
             return best
@@ -912,7 +905,7 @@ def lookup(
                 if contact.node != own and contact.node not in asked:
                     known.setdefault(contact.node, contact)
         after = nearest(known.values(), target, 1)
-        width = LOOKUP_WIDTH if after[:1] != best[:1] else count
+        width = LOOKUP_WIDTH if after[:1] != best[:1] else CONTACTS_PER_BUCKET
 
 
 class Providers:
@@ -2227,7 +2220,7 @@ class Node:
         self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
-        # By message. Each takes its fields but the epoch; two want the sender, too.
+        # Each takes its message's fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
             "views": self.on_views, "find": self.on_find,
             "find_providers": self.on_find_providers, "provide": self.on_provide,
