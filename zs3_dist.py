@@ -449,9 +449,9 @@ class Reply(NamedTuple):
     body: bytes = b""
     proof: str = ""
 
-    def json(self) -> Message | None:
-        """The fields of a good answer, or None."""
-        return cast(Message, json.loads(self.body)) if self.status == 200 else None
+    def json(self) -> Message:
+        """The fields of a good answer; {"failed": true} without one."""
+        return json.loads(self.body) if self.status == 200 else {"failed": True}
 
 
 class Question(NamedTuple):
@@ -2449,12 +2449,10 @@ class Cluster:
         look: Callable[[], None] | None = None,
     ) -> None:
         """Add their answers to `answers`. `look` will add this node's; it is called meanwhile."""
-        replies: dict[int, Reply] = {}
 
         def take(raw: Mapping[int, Reply]) -> None:
-            for node in raw.keys() - replies.keys():
-                replies[node] = raw[node]
-                answers[node] = raw[node].json() or {"failed": True}
+            for node in raw.keys() - answers.keys():
+                answers[node] = raw[node].json()
 
         def enough(raw: Mapping[int, Reply]) -> bool:
             take(raw)
@@ -2482,8 +2480,8 @@ class Cluster:
         others = [] if ask.enough(answers) else everyone(ask.groups)
         behind = self.share_views(answers, others)
         if behind:
-            for node, reply in self.tell(ask.name, ask.message, behind).items():
-                answers[node] = reply.json() or {"failed": True}
+            replies = self.tell(ask.name, ask.message, behind)
+            answers.update((node, reply.json()) for node, reply in replies.items())
 
     def share_views(self, answers: Mapping[int, Message], asked: Iterable[Contact]) -> Group:
         """Enter newer views that came back; tell ours to those that are behind. Returns these."""
@@ -2521,7 +2519,7 @@ class Cluster:
         answers = {node: reply.json() for node, reply in replies.items()}
         if here:
             answers[self.own.node] = self._answer_here(name, message)
-        return {node: one for node, one in answers.items() if one and "failed" not in one}
+        return {node: one for node, one in answers.items() if "failed" not in one}
 
     def call(self, name: str, message: Message, contact: Contact) -> Message | None:
         """Ask one peer, or this node itself; None when no good answer came."""
