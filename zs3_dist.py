@@ -2872,10 +2872,7 @@ class DistributedStore:
         """So many of the members that every bucket's read quorum is among them."""
         return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
 
-    def stat_bucket(self, bucket: str) -> BucketInfo:
-        return self._require_bucket(bucket, None)
-
-    def _require_bucket(self, bucket: str, known: Top | None) -> BucketInfo:
+    def stat_bucket(self, bucket: str, known: Top | None = None) -> BucketInfo:
         if bucket == UPLOADS:
             return BucketInfo(bucket, 0.0)
         value = self._run(self.rounds.bucket(bucket, known))
@@ -2921,10 +2918,15 @@ class DistributedStore:
 
     # --- Objects ---
 
-    def _read(self, bucket: str, key: str) -> Value:
+    def _current(self, bucket: str, key: str) -> Value | None:
         value, basis = self._run(self.rounds.read(bucket, key))
         if value is None:
-            self._require_bucket(bucket, basis)
+            self.stat_bucket(bucket, basis)
+        return value
+
+    def _read(self, bucket: str, key: str) -> Value:
+        value = self._current(bucket, key)
+        if value is None:
             raise S3Error("NoSuchKey", Key=key)
         return value
 
@@ -2951,15 +2953,10 @@ class DistributedStore:
         """NoSuchBucket, or what the condition raises now: who lost a race learns it so, without
         disturbing the winner."""
         if condition == zs3.NO_CONDITION:
-            self._require_bucket(bucket, None)
-            return
-        try:
-            current: ObjectInfo | None = self.stat_object(bucket, key)
-        except S3Error as error:
-            if error.code != "NoSuchKey":
-                raise
-            current = None
-        condition.check(current)
+            self.stat_bucket(bucket)
+        else:
+            current = self._current(bucket, key)
+            condition.check(info_of(key, current) if current else None)
 
     @contextlib.contextmanager
     def _pinned(self) -> Iterator[Pin]:
@@ -3066,7 +3063,7 @@ class DistributedStore:
             empty = False
             yield info_of(key, json.loads(head))
         if empty:
-            self._require_bucket(bucket, None)
+            self.stat_bucket(bucket)
 
     def _entries(
         self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool,
