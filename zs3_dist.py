@@ -1571,8 +1571,7 @@ class Registers:
             if bucket not in self._bases:
                 if len(self._bases) >= MAX_KNOWN_BUCKETS:  # of names that clients make up
                     self._bases.clear()
-                slot = self.slot(bucket, "")
-                self._bases[bucket] = [slot.accepted, slot.chosen, slot.value]
+                _promised, *self._bases[bucket] = self.slot(bucket, "")
             return self._bases[bucket]
 
     def read(self, bucket: str, key: str, brief: bool) -> Message:
@@ -1610,7 +1609,7 @@ class Registers:
             if live(value) and bucket_state(self.basis(bucket, key)) != "open":
                 return {"closed": True}
             chosen = chosen or (slot.chosen and slot.accepted == ballot)  # the message came twice
-            self._write(bucket, key, max(ballot, slot.promised), ballot, chosen, value, slot.value)
+            self._write(bucket, key, slot, ballot, chosen, value)
             return {"done": True}
 
     def learn(self, bucket: str, key: str, ballot: str) -> Message:
@@ -1643,21 +1642,21 @@ class Registers:
             return False
         if accepted < slot.promised and not chosen:
             return False
-        promised = max(accepted, slot.promised)
-        self._write(bucket, key, promised, accepted, chosen, value, slot.value)
+        self._write(bucket, key, slot, accepted, chosen, value)
         return True
 
     def _write(
-        self, bucket: str, key: str, promised: str, accepted: str, chosen: bool, value: Value,
-        old: Value | None,
+        self, bucket: str, key: str, old: Slot, accepted: str, chosen: bool, value: Value
     ) -> None:
         raw, is_live = key.encode(), live(value) is not None
+        promised = max(accepted, old.promised)
         head, tail = head_and_tail(value)
         self._seq += 1
         row = (bucket, raw, promised, accepted, chosen, is_live, head, tail, self._seq, time.time())
         refs = {bytes.fromhex(block) for block in blocks_of(value)}
-        old_refs = {bytes.fromhex(block) for block in blocks_of(old)}
-        with self._transaction(bool(refs or old_refs)):
+        old_refs = {bytes.fromhex(block) for block in blocks_of(old.value)}
+        # A single statement needs no transaction.
+        with self._transaction() if refs or old_refs else contextlib.nullcontext():
             self._db.execute(WRITE, row)
             self._db.executemany(
                 "DELETE FROM refs WHERE hash = ? AND bucket = ? AND key = ?",
@@ -1670,14 +1669,11 @@ class Registers:
         if not key:
             self._bases.pop(bucket, None)
         elif bucket[0] != ".":
-            self.objects += is_live - (live(old) is not None)
+            self.objects += is_live - (live(old.value) is not None)
 
     @contextlib.contextmanager
-    def _transaction(self, wanted: bool = True) -> Iterator[None]:
-        """Several statements as one; a single statement needs none."""
-        if not wanted:
-            yield
-            return
+    def _transaction(self) -> Iterator[None]:
+        """Several statements as one."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -1942,7 +1938,9 @@ class Rounds:
             if covers(groups, having, quorum):
                 return view, having
             if self.view().epoch == view.epoch or self.clock() - started > OPERATION_SECONDS:
-                raise unavailable(groups, answers, "read")
+                asked = everyone(groups)
+                silent = [c for c in asked if "failed" in answers.get(c.node, ("failed",))]
+                raise slow_down(groups, silent or asked, "read")
 
     def read(self, bucket: str, key: str) -> Steps[tuple[Value | None, Top | None]]:
         """The live value of a register, and what is known of its bucket. One round trip when a
@@ -2201,12 +2199,6 @@ def slow_down(groups: Groups, missing: Iterable[Contact], what: str) -> S3Error:
     return S3Error("SlowDown", message)
 
 
-def unavailable(groups: Groups, answers: Answers, what: str) -> S3Error:
-    """503 naming the owners that did not answer."""
-    silent = [c for c in everyone(groups) if answers.get(c.node, {"failed": True}).get("failed")]
-    return slow_down(groups, silent or everyone(groups), what)
-
-
 class Node:
     """This node's part of the protocol: it answers from what it has, and never asks a peer."""
 
@@ -2323,9 +2315,9 @@ class Node:
         for bucket, key in places:
             if size > PAGE_BYTES:
                 break
-            slot = self.registers.slot(bucket, key)
-            slots.append([slot.accepted, slot.chosen, slot.value])
-            size += len(pack(slots[-1]))
+            _promised, *told = self.registers.slot(bucket, key)
+            slots.append(told)
+            size += len(pack(told))
         return {"slots": slots}
 
     def on_buried(self, graves: list[Grave]) -> Message:
