@@ -699,19 +699,20 @@ class Peers:
                 return
         link.close()
 
-    def later(self, calls: Iterable[Call]) -> None:
-        """Keep the connections of calls whose answers nobody waits for: who next wants one to the
+    def later(self, call: Call) -> None:
+        """Keep the connection of a call whose answer nobody waits for: who next wants one to the
         same address looks whether the answer has come, and the connection can be used again."""
         with self._lock:
-            for call in calls:
-                self._owed.setdefault(call.to.address, []).append(call)
+            self._owed.setdefault(call.to.address, []).append(call)
 
     def _look(self, calls: Sequence[Call]) -> None:
         poller = select.poll()
         for call in calls:
             poller.register(call.link.socket, call.link.events())
         ready = {fd for fd, _ in poller.poll(0)}
-        self.later([call for call in calls if not self._finished(call, ready)])
+        for call in calls:
+            if not self._finished(call, ready):
+                self.later(call)
 
     def _finished(self, call: Call, ready: Collection[int]) -> bool:
         """Move one late call on; True when it is over."""
@@ -788,16 +789,14 @@ class Exchange:
     def _leave(self) -> None:
         """The others may be answered late, but for blocks: one not even sent, and one on its way
         here, is dropped."""
-        late = []
         for call in self.calls.values():
             unsent = call.question.of_block and call.link.outgoing
             if unsent or call.question.path.startswith("fetch/"):
                 call.link.close()
             else:
-                late.append(call)
+                self.peers.later(call)
             if unsent:
                 self.peers.fail(call.to)
-        self.peers.later(late)
 
     def _step(self, stop: float) -> None:
         now = time.monotonic()
@@ -1380,9 +1379,9 @@ def of_disk(method: Callable[..., T]) -> Callable[..., T]:
     def run(*given: Any, **named: Any) -> T:
         try:
             return method(*given, **named)
+        except sqlite3.ProgrammingError:
+            raise  # the file was closed
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.ProgrammingError):
-                raise  # the file was closed
             raise OSError(errno.ENOSPC, f"registers: {error}") from error
 
     return run
@@ -3028,15 +3027,14 @@ class DistributedStore:
     ) -> ObjectInfo:
         """Moves no bytes."""
         assert isinstance(content, StoredContent)
-        fields = ("blocks", "inline")
-        stored: Value = {name: content.value[name] for name in fields if name in content.value}
+        stored = {name: one for name, one in content.value.items() if name in ("blocks", "inline")}
         with self._pinned() as pin:
-            pin.blocks(blocks_of(content.value))
-            self._keep(blocks_of(content.value))
+            self._keep(blocks_of(content.value), pin)
             return self._commit(bucket, key, info, stored, condition, pin)
 
-    def _keep(self, blocks: Sequence[str]) -> None:
-        """Have pinned blocks where they should be, even if their last record went meanwhile."""
+    def _keep(self, blocks: Sequence[str], pin: Pin) -> None:
+        """Have blocks where they should be, even if their last record went meanwhile; pin them."""
+        pin.blocks(blocks)
         for block in self.cluster.touch(blocks):
             self.cluster.store(block, self.cluster.fetch(block))
 
@@ -3129,8 +3127,7 @@ class DistributedStore:
         hashes = blocks_of({"blocks": segments})
         if len(hashes) > MAX_OBJECT_BLOCKS:
             raise S3Error("EntityTooLarge")
-        pin.blocks(hashes)
-        self._keep(hashes)
+        self._keep(hashes, pin)
         return {"blocks": segments} if segments else {"inline": ""}
 
     # --- Peers' requests ---
@@ -3248,8 +3245,7 @@ class Housekeeping:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers, self.blocks = store.node.registers, store.node.blocks
         self.grace, self.tombstone_grace = grace, tombstone_grace
-        # unused block -> (since, its touch time)
-        self._suspects: dict[str, tuple[float, float]] = {}
+        self._suspects: dict[tuple[str, float], float] = {}  # (unused block, touch time) -> since
         self._published = -REPUBLISH_SECONDS
 
     # --- Catching up ---
@@ -3384,17 +3380,16 @@ class Housekeeping:
         for contact, asked in owners.items():
             answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
             said = answer.get("buried", []) if answer else []
-            there = {grave for grave, one in zip(asked, said, strict=False) if one}
-            lacking |= set(asked) - there
+            lacking.update(grave for grave, one in itertools.zip_longest(asked, said) if not one)
         return [grave for grave in graves if grave not in lacking]
 
     # --- Blocks ---
 
     def tend(self) -> None:
         """One walk over the blocks here: collect garbage, restore replicas, announce the rest."""
-        announce = self.cluster.node.clock() - self._published > REPUBLISH_SECONDS
+        announce = self.node.clock() - self._published > REPUBLISH_SECONDS
         walk = (block for block, _ in self.blocks.walk())
-        suspects: dict[str, tuple[float, float]] = {}
+        suspects: dict[tuple[str, float], float] = {}
         freed = 0
         while batch := list(itertools.islice(walk, BATCH)):
             began = self.node.clock()
@@ -3409,7 +3404,7 @@ class Housekeeping:
                 return
         self._suspects = suspects
         if announce:
-            self._published = self.cluster.node.clock()
+            self._published = self.node.clock()
         if freed:
             LOG.info("garbage collection freed %d bytes", freed)
 
@@ -3426,17 +3421,15 @@ class Housekeeping:
             return None
         return list(map(any, zip(*said, strict=True)))
 
-    def _collect(self, unused: Iterable[str], suspects: dict[str, tuple[float, float]]) -> int:
+    def _collect(self, unused: Iterable[str], suspects: dict[tuple[str, float], float]) -> int:
         """Remove what was unused and untouched for the grace; the rest stay suspects. In bytes."""
-        freed, now = 0, self.cluster.node.clock()
+        freed, now = 0, self.node.clock()
         for block in unused:
             touched = self.blocks.touched(block)
             if touched is None:
                 continue
-            since, before = self._suspects.get(block, (now, touched))
-            if touched != before:
-                since = now
-            suspects[block] = (since, touched)
+            since = self._suspects.get((block, touched), now)
+            suspects[block, touched] = since
             if now - since > self.grace:  # if there is none, not at the first look
                 size = self.blocks.remove(block, touched)
                 self.store.counts["collected"] += bool(size)
@@ -3554,16 +3547,16 @@ class Membership:
     def join(self) -> None:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
-        member = view.member(self.node.own.node) if view else None
+        if view is None:
+            return self._find_cluster()
+        member = view.member(self.node.own.node)
         if member is None:
             self.cluster.joined.clear()  # a peer may have told it
         elif member != self.node.own and self._is_elsewhere(member.address):
             return self.cluster.joined.clear()
-        if view is not None and not self.cluster.joined.is_set() and len(view.members) > 1:
+        if not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
-        if view is None:
-            self._find_cluster()
-        elif member == self.node.own:
+        if member == self.node.own:
             if not self.cluster.joined.is_set():
                 # It may have been forgotten meanwhile: ask before answering anybody.
                 self._hello_all(view)
@@ -3853,13 +3846,13 @@ class Membership:
         """Tell the multicast group where this node is, with proof that it is of this cluster."""
         text = pack(self.node.own.as_json())
         packet = self.store.seal.mark(text) + text
-        with contextlib.closing(multicast_socket(self.node.own.address)) as sender:
+        with multicast_socket(self.node.own.address) as sender:
             sender.sendto(packet, DISCOVERY_GROUP)
 
     def listen(self) -> None:
         """Hear the others' announcements, until the store is closed."""
         own_host = self.node.own.address.rpartition(":")[0]
-        with contextlib.closing(multicast_socket(self.node.own.address)) as receiver:
+        with multicast_socket(self.node.own.address) as receiver:
             receiver.bind(("", DISCOVERY_GROUP[1]))
             group = socket.inet_aton(DISCOVERY_GROUP[0]) + socket.inet_aton(interface_of(own_host))
             receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
@@ -3879,7 +3872,7 @@ class Membership:
 def interface_of(host: str) -> str:
     """The IPv4 address of the interface of a host; 0.0.0.0, by which the kernel chooses, where it
     is none of this machine's: what is advertised may be a router's."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         with contextlib.suppress(OSError):  # it is not here
             probe.bind((host, 0))
         return cast(str, probe.getsockname()[0])
@@ -3948,7 +3941,7 @@ def advertised(args: argparse.Namespace) -> str:
         return cast(str, option("advertise", args.advertise, address_field, "HOST:PORT"))
     host = str(args.host)
     if host in ("", "0.0.0.0", "::"):
-        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(DISCOVERY_GROUP)  # sends nothing: asks which interface it would be
                 host = probe.getsockname()[0]
