@@ -8724,7 +8724,8 @@ def test_a_walk_over_the_blocks_rests_four_times_as_long_as_it_works_but_not_for
         lonely.node.blocks.put(zs3_dist.block_hash(data), data)
     keep, now, rests = Housekeeping(lonely.store, 600.0, 0.0), itertools.count(), []
     monkeypatch.setattr(lonely.node, "clock", lambda: next(now) * worked)
-    monkeypatch.setattr(keep, "_used", lambda batch: None)
+    monkeypatch.setattr(keep, "_unused", lambda batch: set())
+    monkeypatch.setattr(keep, "_collect", lambda unused, suspects: 0)
     monkeypatch.setattr(keep, "_replicate", lambda batch, announce: None)
     monkeypatch.setattr(lonely.store.closing, "wait", rests.append)
     keep.tend()

@@ -1605,7 +1605,7 @@ class Registers:
                 return {"refused": slot.promised}
             if basis:
                 self._take_over(bucket, "", *basis)
-            if live(value) and bucket_state(self.basis(bucket, key)) != "open":
+            if live(value) and (known := self.basis(bucket, key)) and not is_open(known[2]):
                 return {"closed": True}
             chosen = chosen or (slot.chosen and slot.accepted == ballot)  # the message came twice
             self._write(bucket, key, slot, ballot, chosen, value)
@@ -1821,12 +1821,10 @@ def told(slot: Slot, basis: list[Any] | None) -> Message:
     return {"accepted": slot.accepted, "chosen": slot.chosen, "value": slot.value, "basis": basis}
 
 
-def bucket_state(basis: Sequence[Any] | None) -> str:
-    """ "open", "deleting" or "absent", from [accepted, chosen, value]; None is always open."""
-    if basis is None:
-        return "open"
-    value = live(basis[2])
-    return value["bucket"]["state"] if value else "absent"
+def is_open(value: Value | None) -> bool:
+    """Is this, from a bucket's own register, a bucket that takes objects: there and not marked?"""
+    value = live(value)
+    return value is not None and value["bucket"]["state"] == "open"
 
 
 # What a round asks for is yielded, the answers are sent in: who drives it owns network and clock.
@@ -2069,10 +2067,10 @@ class Change:
             if self.bucket_value is None and error:  # nothing can be in a bucket that is gone
                 value = grave
                 error = None if self.rewrites else error
-            if live(value) and bucket_state(("", True, self.bucket_value)) == "deleting":
+            if live(value) and self.bucket_value and not is_open(self.bucket_value):
                 # Its owners take no object. Whoever marked it may have died: take the mark back.
                 yield Pause(CLOSING_SECONDS)
-                yield from self.rounds.reopen(self.bucket, cast(Value, self.bucket_value)["id"])
+                yield from self.rounds.reopen(self.bucket, self.bucket_value["id"])
                 return None
         message = {**place, "value": value, "chosen": False, "basis": basis}
         accepted = yield from self._accept(groups, message)
@@ -2125,7 +2123,7 @@ class Change:
         except S3Error as error:
             return None, error
         value = value and {**value, "base": self.base}
-        if value is not None and live(value) and self.bucket_value["bucket"]["state"] != "open":
+        if live(value) and not is_open(self.bucket_value):
             return None, BucketClosing(self.bucket_value["id"])
         self.mine = value or self.mine
         return value, None
@@ -2455,7 +2453,10 @@ class Cluster:
             first = max(first, sum(not self.peers.skipped(contact.node) for contact in others))
         take(self.tell(ask.name, ask.message, others, enough, first, look))
         if any("views" in answer or "behind" in answer for answer in answers.values()):
-            self._views(ask, answers)
+            # Settle whose view is the newest; then ask those that were behind again.
+            asked = [] if ask.enough(answers) else everyone(ask.groups)
+            replies = self.tell(ask.name, ask.message, self.share_views(answers, asked))
+            answers.update((node, reply.json()) for node, reply in replies.items())
 
     def _first(self, ask: Ask, others: list[Contact], answers: Collection[int]) -> int:
         """How many of `others` make a quorum with the answers that are there."""
@@ -2465,14 +2466,6 @@ class Cluster:
             if covers(ask.groups, nodes, ask.quorum):
                 return count
         return len(others)
-
-    def _views(self, ask: Ask, answers: dict[int, Message]) -> None:
-        """Settle whose view is the newest; then ask those that were behind again."""
-        others = [] if ask.enough(answers) else everyone(ask.groups)
-        behind = self.share_views(answers, others)
-        if behind:
-            replies = self.tell(ask.name, ask.message, behind)
-            answers.update((node, reply.json()) for node, reply in replies.items())
 
     def share_views(self, answers: Mapping[int, Message], asked: Iterable[Contact]) -> Group:
         """Enter newer views that came back; tell ours to those that are behind. Returns these."""
@@ -2487,13 +2480,12 @@ class Cluster:
 
     def tell(
         self, name: str, message: Message, contacts: Sequence[Contact],
-        enough: Enough | None = None, first: int = MAX_MEMBERS,
+        enough: Enough = lambda raw: False, first: int = MAX_MEMBERS,
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, Reply]:
         """Send one message to peers; their replies by node id."""
         body = pack(message)
         questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
-        enough = enough or (lambda raw: len(raw) == len(questions))
         replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS, meanwhile=meanwhile)
         for contact in contacts:
             if contact.node and replies.get(contact.node, Reply(0)).status:
@@ -3393,12 +3385,9 @@ class Housekeeping:
         freed = 0
         while batch := list(itertools.islice(walk, BATCH)):
             began = self.node.clock()
-            used = self._used(batch)
-            if used is not None:
-                unused = {block for block, one in zip(batch, used, strict=True) if not one}
-                freed += self._collect(sorted(unused), suspects)
-                batch = [block for block in batch if block not in unused]
-            self._replicate(batch, announce)
+            unused = self._unused(batch)
+            freed += self._collect(sorted(unused), suspects)
+            self._replicate([block for block in batch if block not in unused], announce)
             worked = self.node.clock() - began
             if self.store.closing.wait(min(TEND_REST * worked, REST_SECONDS)):
                 return
@@ -3408,8 +3397,8 @@ class Housekeeping:
         if freed:
             LOG.info("garbage collection freed %d bytes", freed)
 
-    def _used(self, blocks: Sequence[str]) -> list[bool] | None:
-        """Which of the blocks any record or operation needs; None unless every node has answered. A
+    def _unused(self, blocks: Sequence[str]) -> set[str]:
+        """Which of the blocks no record or operation needs; none unless every node has answered. A
         quorum would do for what was acknowledged. But one silent owner may have accepted a change
         whose outcome nobody knows; the next reader that meets it there would finish it."""
         view = self.cluster.view()
@@ -3418,8 +3407,9 @@ class Housekeeping:
         answers = self.cluster.call_all("used", message, everybody)
         said = [answer.get("used") for answer in answers.values()]
         if len(said) < len(everybody) or None in said:
-            return None
-        return list(map(any, zip(*said, strict=True)))
+            return set()
+        used = map(any, zip(*said, strict=True))
+        return {block for block, needed in zip(blocks, used, strict=True) if not needed}
 
     def _collect(self, unused: Iterable[str], suspects: dict[tuple[str, float], float]) -> int:
         """Remove what was unused and untouched for the grace; the rest stay suspects. In bytes."""
@@ -3671,10 +3661,9 @@ class Membership:
         member at this address before, under another id, lost its disk: it is replaced."""
         own = self.node.own
         answer = self._ask(own.address, MAX_COUNTER)  # as the others will
-        if answer is None:
-            return self._tell(own.address, "should be this one (see --advertise): no answer")
-        if contact_field(answer["contact"]) != own:
-            return self._tell(own.address, "should be this one (see --advertise): it is another")
+        if answer is None or contact_field(answer["contact"]) != own:
+            what = "it is another" if answer else "no answer"
+            return self._tell(own.address, f"should be this one (see --advertise): {what}")
 
         def make(view: View) -> View | None:
             if view.member(own.node) == own:
