@@ -1036,12 +1036,10 @@ class Blocks:
 
     def touch(self, block: str) -> bool:
         """Mark the block as wanted now. False when it is not here."""
-        with self._lock(block):
-            try:
-                os.utime(self.path(block))
-            except FileNotFoundError:
-                return False
-        return True
+        with self._lock(block), contextlib.suppress(FileNotFoundError):  # it is not here
+            os.utime(self.path(block))
+            return True
+        return False
 
     def has(self, block: str) -> bool:
         """Is there a file of that name?"""
@@ -1049,26 +1047,22 @@ class Blocks:
 
     def touched(self, block: str) -> float | None:
         """When it was last touched, wall clock of this disk; None when it is not here."""
-        try:
+        with contextlib.suppress(FileNotFoundError):  # it is not here
             return self.path(block).stat().st_mtime
-        except FileNotFoundError:
-            return None
+        return None
 
     def remove(self, block: str, touched: float | None) -> int:
         """Remove the block unless something touched it since `touched`. Returns the bytes freed.
         The last look and the unlink are under the hash's lock, as is the touch in `put`: a PUT that
         met the block either touched it before, and it stays, or finds it gone, and writes it."""
         path = self.path(block)
-        with self._lock(block):
-            try:
-                status = path.stat()
-                if status.st_mtime != touched:
-                    return 0
+        with self._lock(block), contextlib.suppress(FileNotFoundError):  # it is not here
+            status = path.stat()
+            if status.st_mtime == touched:
                 path.unlink()
-            except FileNotFoundError:
-                return 0
-        self._counted(-1, -status.st_size)
-        return status.st_size
+                self._counted(-1, -status.st_size)
+                return status.st_size
+        return 0
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """(hash, bytes) of every block, sorted."""
@@ -2299,11 +2293,9 @@ class Node:
     def on_changes(self, since: int, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
         view = cast(View, self.registers.view)
-
-        def wanted(bucket: str) -> bool:
-            return bucket != VIEWS and view.owns(sender.node, bucket)
-
-        return self.registers.changes(since, wanted)
+        return self.registers.changes(
+            since, lambda bucket: bucket != VIEWS and view.owns(sender.node, bucket)
+        )
 
     def on_values(self, places: list[tuple[str, str]]) -> Message:
         """[accepted, chosen, value] of registers; fewer than asked for when they are large."""
@@ -3101,11 +3093,11 @@ class DistributedStore:
         values: dict[str, Value] = {}
         prefix = parts[0].key.rpartition("/")[0] + "/"
         for part_key, head, tail in self._entries(UPLOADS, prefix, min(wanted), "", True):
-            if part_key in wanted:
-                values[part_key] = {**json.loads(head), **json.loads(tail or "{}")}
-        for part_key, etag in wanted.items():
-            if part_key not in values or values[part_key]["info"]["etag"] != etag:
-                raise S3Error("InvalidPart")
+            value = {**json.loads(head), **json.loads(tail or "{}")}
+            if value["info"]["etag"] == wanted.get(part_key):
+                values[part_key] = value
+        if len(values) < len(wanted):
+            raise S3Error("InvalidPart")
         segments: list[Any] = []
         for part in parts:
             value = values[part.key]
@@ -3178,12 +3170,11 @@ class DistributedStore:
 
     def _holders(self, block: str) -> list[list[str]]:
         """Who holds a block: members say so themselves, others have announced it."""
-        found = {c for c in self.cluster.find_providers(block) if c != self.node.own}
+        found = {*self.cluster.find_providers(block)} - {self.node.own}
         if self.cluster.joined.is_set():
             there, _ = self.cluster.have([block], touch=False)
             members = self.cluster.known_view().members
-            found = {c for c in found if c not in members}
-            found |= {contact for contact in members if contact.node in there[block]}
+            found = found.difference(members) | {c for c in members if c.node in there[block]}
         return [contact.as_json() for contact in sorted(found)]
 
     def _peer(self, contact: Contact) -> Message:
@@ -3801,19 +3792,18 @@ class Membership:
             if contact.node != self.node.own.node and silent > self.forget_after:
                 with contextlib.suppress(S3Error):  # no majority of the members is with us: later
                     self.forget(contact.node)
-        self._refresh()
+        self._refresh(view)
 
     def _hello_all(self, view: View) -> None:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
         for answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).values():
             self.cluster.adopt(answer["views"])
 
-    def _refresh(self) -> None:
+    def _refresh(self, view: View) -> None:
         """Keep the routing table: ping who may be gone, look up ids in silent k-buckets."""
         with self.node.table_lock:
             doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
             targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
-        view = self.cluster.known_view()
         there = self.cluster.call_all("hello", {"epoch": view.epoch}, doubted)
         with self.node.table_lock:
             for contact in doubted:
