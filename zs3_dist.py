@@ -2066,8 +2066,7 @@ class Change:
                 yield Pause(CLOSING_SECONDS)
                 yield from self.rounds.reopen(self.bucket, self.bucket_value["id"])
                 return None
-        message = {**place, "value": value, "chosen": False, "basis": basis}
-        accepted = yield from self._accept(groups, message)
+        accepted = yield from self._accept(groups, place, value, basis)
         return self._answer(value, error) if accepted else None
 
     def _answer(self, value: Value | None, error: S3Error | None) -> tuple[Value | None]:
@@ -2122,8 +2121,11 @@ class Change:
         self.mine = value or self.mine
         return value, None
 
-    def _accept(self, groups: Groups, message: Message) -> Steps[bool]:
-        """Have the message's value accepted by a change quorum of each group."""
+    def _accept(
+        self, groups: Groups, place: Message, value: Value, basis: tuple[str, bool, Value] | None
+    ) -> Steps[bool]:
+        """Have the value accepted by a change quorum of each group."""
+        message = {**place, "value": value, "chosen": False, "basis": basis}
         last = self._last(groups)
         first = without(groups, last)
         done: set[int] = set()
@@ -2139,7 +2141,6 @@ class Change:
                 return False
         if last is None:
             return True
-        place = {name: message[name] for name in ("epoch", "bucket", "key", "ballot")}
         ours: Groups = ((last,),)
         answers = yield Ask("accept", {**message, "chosen": True}, ours, bool)
         if not self._accepted(groups, ours, message["ballot"], answers):
@@ -2502,19 +2503,17 @@ class Cluster:
 
     # Lookups.
 
-    def find(self, target: int) -> list[Contact]:
-        """Kademlia lookup: the live nodes nearest to `target`."""
-        return self._lookup(target, "find", {"target": node_hex(target)})[0]
+    def find(self, target: int) -> None:
+        """Kademlia lookup of the live nodes nearest to `target`: the table learns of them."""
+        self._lookup(target, "find", {"target": node_hex(target)})
 
     def find_providers(self, block: str) -> list[Contact]:
         """Who holds `block`, by a Kademlia lookup that ends with the first that know."""
         local = self.node.providers.get(block, time.monotonic())
-        return local or self._lookup(block_target(block), "find_providers", {"hash": block})[1]
+        return local or self._lookup(block_target(block), "find_providers", {"hash": block})
 
-    def _lookup(
-        self, target: int, name: str, message: Message
-    ) -> tuple[list[Contact], list[Contact]]:
-        """The nodes found, and once somebody names them, the providers instead."""
+    def _lookup(self, target: int, name: str, message: Message) -> list[Contact]:
+        """The providers, once somebody names them, which ends it."""
         with self.node.table_lock:
             start = self.node.table.closest(target)
         steps = lookup(target, start, self.own.node)
@@ -2524,10 +2523,10 @@ class Cluster:
                 answers = self.call_all(name, message, todo)
                 said = [raw for one in answers.values() for raw in one.get("providers", ())]
                 if said:
-                    return [], list(map(contact_field, said))
+                    return list(map(contact_field, said))
                 todo = steps.send({c.node: self._known(c, answers.get(c.node)) for c in todo})
-        except StopIteration as end:
-            return end.value, []
+        except StopIteration:
+            return []
 
     def _known(self, contact: Contact, answer: Message | None) -> list[Contact] | None:
         """Whom `contact` answers that it knows. None without an answer, which is noted."""
@@ -2551,10 +2550,9 @@ class Cluster:
         least = min(2, wanted)
         held = int(self.own in order[:wanted] and self._store_here(block, data))
         others = [contact for contact in order if contact != self.own]
-        replies: dict[int, Reply] = {}
-        if others and held < wanted:
-            replies = self._store_out(block, data, others, wanted - held, least - held)
-        stored = [c for c in others if replies.get(c.node, Reply(0)).status == 200]
+        stored: list[Contact] = []
+        if held < wanted:
+            stored = self._store_out(block, data, others, wanted - held, least - held)
         if held + len(stored) < least:
             raise slow_down((tuple(order),), set(others) - set(stored), "write")
         for contact in stored:
@@ -2570,9 +2568,9 @@ class Cluster:
 
     def _store_out(
         self, block: str, data: bytes, others: Sequence[Contact], wanted: int, least: int
-    ) -> dict[int, Reply]:
+    ) -> list[Contact]:
         """Ask `wanted` of the others at once, and more for those that fail, in order. Once `least`
-        of them have the block, the rest get COPY_SECONDS."""
+        of them have the block, the rest get COPY_SECONDS. Returns those that have it."""
 
         def enough(replies: Mapping[int, Reply]) -> bool:
             return sum(reply.status == 200 for reply in replies.values()) >= least
@@ -2580,7 +2578,8 @@ class Cluster:
         answering = sum(not self.peers.slow(contact.node) for contact in others)
         first = max(least, min(wanted, answering))  # repair will see to those that are slow
         questions = [Question(contact, f"store/{block}", data) for contact in others]
-        return self.peers.ask(questions, enough, first, BLOCK_SECONDS, COPY_SECONDS)
+        replies = self.peers.ask(questions, enough, first, BLOCK_SECONDS, COPY_SECONDS)
+        return [c for c in others if replies.get(c.node, Reply(0)).status == 200]
 
     def fetch(self, block: str) -> bytes:
         """The block's bytes, verified: from this disk, else from who should hold it, else from who
@@ -2784,9 +2783,6 @@ def merge_pages(
     return found, zs3.successor(group) if group and limit.startswith(group) else limit + "\0"
 
 
-COUNTED = ("repairs", "healed", "collected", "buried", "pulled")  # what background jobs did
-
-
 class Pin(NamedTuple):
     """Keeps blocks, by `blocks(hashes)`, until an operation ends that began in the view `epoch`."""
 
@@ -2805,7 +2801,8 @@ class DistributedStore:
         self.node, self.rounds = cluster.node, cluster.rounds
         self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
         self.closing = threading.Event()
-        self.counts: collections.Counter[str] = collections.Counter()  # of COUNTED, for ping
+        # What the background jobs did, for ping.
+        self.counts = collections.Counter(repairs=0, healed=0, collected=0, buried=0, pulled=0)
 
     def start(self) -> None:
         for job in self.jobs:
@@ -3195,7 +3192,7 @@ class DistributedStore:
             "members": len(view.members) if view else 0, "joining": bool(view and view.previous),
             "objects": self.node.registers.objects, "blocks": self.node.blocks.count,
             "bytes": self.node.blocks.total_bytes, "peers": peers,
-            **{name: self.counts[name] for name in COUNTED},
+            **self.counts,
         }
 
 
@@ -3257,21 +3254,20 @@ class Housekeeping:
         place = f"pulled {node_hex(contact.node)}"
         epoch, since = map(int, (self.registers.meta(place) or "0 0").split())
         since = since if epoch == view.epoch else 0
-        more = True
-        while more:
+        while True:
             answer = self.cluster.call("changes", {"epoch": view.epoch, "since": since}, contact)
             if answer is None or "entries" not in answer:
                 self.cluster.share_views({contact.node: answer or {}}, [contact])
                 return False
             if not self._take(view, contact, answer["entries"]):
                 return False
-            more = answer["more"]
             for bucket, floor in answer["floors"].items():
                 self.registers.raise_floor(bucket, floor)
             if since != answer["upto"] or epoch != view.epoch:
                 epoch, since = view.epoch, answer["upto"]
                 self.registers.set_meta(place, f"{epoch} {since}")
-        return True
+            if not answer["more"]:
+                return True
 
     def _take(self, view: View, contact: Contact, entries: Sequence[Sequence[Any]]) -> bool:
         lacking: list[tuple[str, str]] = []
@@ -3599,8 +3595,8 @@ class Membership:
 
     def _find_cluster(self) -> None:
         """A fresh node: enter the cluster that others are in; found one if there is none."""
-        fresh: list[int] = []
-        silent, listed = False, self.discovering  # listed: the others know of this node
+        own, fresh, silent = self.node.own, {self.node.own.node}, False
+        listed = self.discovering or own.address in self.bootstrap  # do the others know this node?
         for address in self._addresses():
             answer = self._ask(address)
             if answer is None:
@@ -3610,18 +3606,14 @@ class Membership:
                 return self._enter()
             else:
                 node = contact_field(answer["contact"]).node
-                if node == self.node.own.node:
-                    listed = True  # by another name of this address
-                else:
-                    fresh.append(node)
+                listed = listed or node == own.node  # by another name of this address
+                fresh.add(node)
         if not (self.bootstrap or self.discovering):
             return self._found()  # nobody said that there are others
         # Where all are fresh, the first by id founds it: of those in the list that all were given,
         # once it has heard all of them.
-        listed = listed or self.node.own.address in self.bootstrap
         waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
-        first = self.node.own.node < min(fresh, default=math.inf)
-        if listed and waited and first and not silent:
+        if listed and waited and own.node == min(fresh) and not silent:
             return self._found()
         if not self.waiting:
             where = ", ".join(self._addresses()) or "the multicast group"
