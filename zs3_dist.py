@@ -2279,8 +2279,7 @@ class Node:
 
     def on_page(self, mark: str, bucket: str, **fields: Any) -> Message:
         """A page of a bucket's keys."""
-        value = self.registers.slot(bucket, "").value if mark else None
-        if mark and (value is None or value["id"] != mark):
+        if mark and (self.registers.slot(bucket, "").value or {}).get("id") != mark:
             return {"unmarked": True}
         return self.registers.page(bucket, **fields)
 
@@ -3297,9 +3296,7 @@ class Housekeeping:
     def _take_values(self, view: View, contact: Contact, places: list[tuple[str, str]]) -> int:
         """Take over some registers from `contact`. Returns how many of `places` are done."""
         answer = self.cluster.call("values", {"epoch": view.epoch, "places": places}, contact)
-        if answer is None or "slots" not in answer:
-            return 0
-        slots = answer["slots"]
+        slots = answer.get("slots", []) if answer else []
         for place, slot in zip(places, slots, strict=False):
             if not self.registers.offer(view.epoch, *place, *slot):
                 self.cluster.run(self.cluster.rounds.repair(*place))
