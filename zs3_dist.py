@@ -2939,16 +2939,15 @@ class DistributedStore:
             self.node.pins.add(blocks)
             pinned.extend(blocks)
 
+        drop: Callable[[list[str]], None] = self.node.pins.drop
         try:
             yield Pin(epoch, pin)
         except S3Error as error:
-            if error.status == 503 and pinned:
-                # It may have happened all the same, by a message that is still on its way.
-                late, pinned = pinned, []
-                self.node.pins.drop_later(late)
+            if error.status == 503:  # it may happen all the same, by a message still on its way
+                drop = self.node.pins.drop_later
             raise
         finally:
-            self.node.pins.drop(pinned)
+            drop(pinned)
 
     def _store_body(self, body: Iterable[memoryview], pin: Pin) -> Value:
         """The fields of a value that say where the body's bytes are. Raises what the body does."""
