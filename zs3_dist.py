@@ -3513,7 +3513,6 @@ class Membership:
         self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
         self.told: set[str] = set()  # addresses of which it was said that they are none of ours
-        self.alone_since = time.monotonic()
 
     # --- Becoming a member ---
 
@@ -3608,7 +3607,7 @@ class Membership:
             return self._found()  # nobody said that there are others
         # Where all are fresh, the first by id founds it: of those in the list that all were given,
         # once it has heard all of them.
-        waited = time.monotonic() - self.alone_since > 2 * DISCOVERY_SECONDS
+        waited = time.monotonic() > self.cluster.young_until
         if listed and waited and own.node == min(fresh) and not silent:
             return self._found()
         if not self.waiting:
