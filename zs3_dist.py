@@ -467,14 +467,6 @@ class Question(NamedTuple):
         return "/" in self.path
 
 
-class Sealed(NamedTuple):
-    """Who sent a request, the BLAKE3 in hex that its body must have ("-": any), and its MAC."""
-
-    sender: Contact
-    payload: str
-    mac: str
-
-
 class Seal:
     """Seals requests to peers and checks theirs: `x-zs3-seal: SENDER ADDRESS RECEIVER NONCE PAYLOAD
     MAC`, the last by BLAKE3 under the cluster key, of the path and the rest. No date, as a node
@@ -503,8 +495,9 @@ class Seal:
     def _mac(self, path: str, said: str) -> str:
         return self.mark(f"{path} {said}".encode("latin-1")).hex()
 
-    def check(self, request: zs3.Request) -> Sealed:
-        """What a peer sealed for us. S3Error or ValueError when none did."""
+    def check(self, request: zs3.Request) -> tuple[Contact, str, str]:
+        """Who sealed this for us, the BLAKE3 in hex that its body must have ("-": any), and the
+        MAC. S3Error or ValueError when no peer did."""
         said, _, mac = request.header("x-zs3-seal").rpartition(" ")
         if not hmac.compare_digest(self._mac(request.path, said).encode(), mac.encode("latin-1")):
             raise S3Error("AccessDenied", "This request is not sealed by a node of this cluster.")
@@ -513,7 +506,7 @@ class Seal:
         if to not in (node_hex(self.own.node), NOBODY):
             self.misled.add(sender.address)
             raise S3Error("AccessDenied", "This request was meant for another node.")
-        return Sealed(sender, payload, mac)
+        return sender, payload, mac
 
     def mark(self, data: bytes) -> bytes:
         """32 bytes that only a holder of the cluster key can say of `data`: its keyed BLAKE3."""
@@ -3119,17 +3112,17 @@ class DistributedStore:
         if request.method != "POST" or (name not in MESSAGES and name not in ("store", "fetch")):
             return json_response(404, {"error": "no such message"})
         try:
-            sealed = self.seal.check(request)
+            sender, payload, mac = self.seal.check(request)
         except (S3Error, ValueError) as error:
             return json_response(403, {"error": str(error)})
-        self.cluster.spoke(sealed.sender, name == "hello")
-        status, body = self._answer(name, argument, request, sealed)
+        self.cluster.spoke(sender, name == "hello")
+        status, body = self._answer(name, argument, request, sender, payload)
         proves_itself = name == "fetch" and status == 200
-        proof = "" if proves_itself else self.seal.proof(sealed.mac, status, body)
+        proof = "" if proves_itself else self.seal.proof(mac, status, body)
         return zs3.Response(status, {"x-zs3-proof": proof} if proof else {}, body)
 
     def _answer(
-        self, name: str, argument: str, request: zs3.Request, sealed: Sealed
+        self, name: str, argument: str, request: zs3.Request, sender: Contact, payload: str
     ) -> tuple[int, bytes]:
         try:
             if name == "fetch":
@@ -3141,14 +3134,14 @@ class DistributedStore:
                 self.node.blocks.put(argument, data)
                 return 200, b"{}"
             data = read_body(request, MESSAGE_BYTES)
-            need(blake3(data).hexdigest() == sealed.payload, "payload hash")
+            need(blake3(data).hexdigest() == payload, "payload hash")
             message = parse_message(name, data)
-            return 200, pack(self.node.answer(name, message, sealed.sender))
+            return 200, pack(self.node.answer(name, message, sender))
         except (ValueError, RecursionError) as error:
             return 400, pack({"error": str(error)})
         except OSError as error:
             # A full or broken disk: what was asked did not happen here, the sender has other nodes.
-            LOG.error("%s for %s: %s", name, sealed.sender.address, error)
+            LOG.error("%s for %s: %s", name, sender.address, error)
             return 503, pack({"error": str(error)})
 
     def _open_page(self, name: str, argument: str) -> zs3.Response:
