@@ -3618,7 +3618,7 @@ class Connection(BaseRequestHandler):
             if self.server.log and not of_peer:
                 seconds = time.monotonic() - began
                 write_line(self.server.log(request, response, length, seconds))
-        if not keep and (not request.wire.ended or has_come([self])):
+        if not keep and (not request.wire.ended or self._has_unread()):
             self._linger()
         return keep
 
@@ -3666,6 +3666,12 @@ class Connection(BaseRequestHandler):
         if left:
             LOG.warning("an object was cut short while it was sent")
             raise Gone  # the client is to see a connection that ended too early
+
+    def _has_unread(self) -> bool:
+        """Whether the client has sent what nobody will read: with it, closing is a reset."""
+        with contextlib.suppress(OSError):  # nothing has come, or the client has gone
+            return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return False
 
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
@@ -3723,9 +3729,11 @@ class Server(ThreadingHTTPServer):
             if not self._has_spare():
                 raise OSError(errno.EAGAIN, "no thread is to be had")
             self._pass_on()
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
         while not self.stopping:
-            if has_come([self], poll_interval):
-                self.handle_request()
+            if poller.poll(poll_interval * 1000):
+                self._accept()
             self.service_actions()
 
     def _has_spare(self) -> bool:
@@ -3829,6 +3837,18 @@ class Server(ThreadingHTTPServer):
             with self._lock:
                 self._under_way -= 1
 
+    def _accept(self) -> None:
+        """Take the next connection, if it is still there."""
+        try:
+            connection, address = self.get_request()
+        except OSError:
+            return
+        try:
+            self.process_request(connection, address)
+        except Exception:  # it broke at once, or a bug
+            self.handle_error(connection, address)
+            self.shutdown_request(connection)
+
     def get_request(self) -> Any:
         """The next connection. At the limit of open files there is none to be had, however often
         one asks: then others have to end."""
@@ -3890,7 +3910,7 @@ class Server(ThreadingHTTPServer):
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         for _ in range(BACKLOG):
             if has_come([self]) and time.monotonic() < deadline:
-                self.handle_request()
+                self._accept()
         self.server_close()
         patience = time.monotonic() + OWN_SECONDS  # with heads of which only a part has come
         while self._is_busy() and time.monotonic() < deadline:
