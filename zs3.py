@@ -3842,7 +3842,7 @@ class Server(ThreadingHTTPServer):
         try:
             connection, address = self.get_request()
         except OSError:
-            return
+            return  # another process has taken it, or its client has gone
         try:
             self.process_request(connection, address)
         except Exception:  # it broke at once, or a bug
