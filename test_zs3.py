@@ -5435,6 +5435,12 @@ def test_the_name_of_a_file_copied_in_says_what_it_is(disk: Client) -> None:
     assert disk.head("typed.html").headers["content-type"] == "text/plain"
 
 
+def test_no_key_is_taken_for_a_url() -> None:
+    for key in ("/[a].txt", "//[a].txt", "http://[a].txt", "data:text/html,a.txt"):
+        info = zs3.ObjectInfo(key, 1, "0-0", 0.0)
+        assert zs3.kept_headers(info) == {"content-type": "text/plain"}
+
+
 def test_a_copy_of_a_file_made_by_hand_has_the_md5_of_its_bytes(disk: Client) -> None:
     for body in (b"one", b"two", b""):
         (disk.folder / "file").write_bytes(body)
@@ -6547,6 +6553,7 @@ def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixtur
     """What one of them wrote would seem to be lost in the other."""
     standalone = ["--port=0", f"--data-dir={folder}"]
     (folder / "bucket").mkdir(parents=True)
+    (folder / "a-loop").symlink_to("a-loop")
     (folder / "aquota.user").write_bytes(b"a file with the name of a bucket")
     assert zs3.main([*standalone, "--distributed"]) == 1
     assert "it has the buckets of a standalone server" in capsys.readouterr().err
@@ -6570,6 +6577,8 @@ def test_a_folder_that_cannot_be_written_is_said_at_the_start(
     read_only = types.SimpleNamespace(f_flag=os.ST_RDONLY)
     monkeypatch.setattr(os, "statvfs", lambda path: read_only)  # then reading is what is wanted
     zs3.prepare_folder(zs3.parse_arguments([f"--data-dir={folder}"]))
+    with pytest.raises(PermissionError):  # but a node writes even then
+        zs3.prepare_folder(zs3.parse_arguments([f"--data-dir={folder}", "--distributed"]))
 
 
 def test_distributed_mode_without_its_module_says_which(tmp_path: Path) -> None:
@@ -6776,6 +6785,40 @@ def test_a_part_of_a_head_does_not_keep_a_server_from_stopping(sent: bytes) -> N
         began = time.monotonic()
         server.__exit__()
         assert time.monotonic() - began < zs3.OWN_SECONDS + 2
+
+
+def test_requests_that_wait_for_their_turn_are_answered_before_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zs3, "OWN_SECONDS", 0.1)
+
+    def respond(_: zs3.Request) -> zs3.Response:
+        time.sleep(0.03)  # less than a turn
+        return zs3.Response(200)
+
+    with InProcess(respond) as server, contextlib.ExitStack() as held:
+        clients = [held.enter_context(server.connect()) for _ in range(20)]
+        for client in clients:
+            client.sendall(PLAIN_GET)
+            assert answers(client, 1) == 1
+        for client in clients:
+            client.sendall(PLAIN_GET)
+        server.__exit__()
+        assert [answers(client, 1) for client in clients] == [1] * 20
+
+
+def test_a_client_that_was_silent_for_long_may_send_a_head_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zs3, "SOCKET_SECONDS", 1.0)
+    with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
+        client.sendall(PLAIN_GET)
+        assert answers(client, 1) == 1
+        time.sleep(0.8)
+        client.sendall(PLAIN_GET[:5])
+        time.sleep(0.6)
+        client.sendall(PLAIN_GET[5:])
+        assert answers(client, 1) == 1
 
 
 def test_stopping_at_the_limit_of_open_files_takes_no_longer(
@@ -7946,16 +7989,39 @@ def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
     assert caplog.messages == [f"--forget: no member of this cluster is {gone.node:040x}"]
 
 
-def test_the_last_of_two_may_forget_the_other_from_a_new_address() -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_last_of_two_may_forget_the_other_from_a_new_address_unless_its_disk_was_copied(
+    copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "JOIN_WAIT_SECONDS", 0.0)
     net, (one, other) = owners(2)
     put(one, OLD)
     one.own = one.node.own = one.own._replace(address="sim:99")
     net.down = {other.own.node}
     one.check_membership()
     member = zs3_dist.Membership(housekeeping(one)[0].store, [], 3, ordered=other.own.node)
+    monkeypatch.setattr(member, "_is_elsewhere", lambda address: copied)
+    if copied:
+        with raises("SlowDown"):
+            member.obey()
+        assert not one.joined.is_set() and len(one.known_view().members) == 2
+        return
     member.obey()
     member.join()
     assert one.joined.is_set() and one.known_view().members == (one.own,) and get(one) == OLD
+
+
+def test_who_joins_with_the_order_to_forget_its_only_peer_first_has_all_that_this_has() -> None:
+    net, (one,) = owners(1)
+    put(one, OLD)
+    new = joining(net, one)
+    member = zs3_dist.Membership(housekeeping(new)[0].store, [], 3, ordered=one.own.node)
+    member.obey()
+    assert new.known_view().previous and get(new) == OLD
+    background([new, one] * 2)
+    assert new.known_view().members == (new.own,) and not new.known_view().previous
+    net.down = {one.own.node}
+    assert get(new) == OLD
 
 
 def test_two_nodes_that_have_forgotten_each_other_say_so(

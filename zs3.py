@@ -2422,7 +2422,7 @@ def kept_headers(info: ObjectInfo) -> dict[str, str]:
     unless it is packed."""
     if not info.etag.endswith("-0"):
         return info.headers
-    kind, packed = MIME_TYPES.guess_type("/" + info.key)  # "/": no name is taken for a data: URL
+    kind, packed = MIME_TYPES.guess_type("./" + info.key)  # "./": no name is taken for a URL
     return ({"content-type": kind} if kind and not packed else {}) | info.headers
 
 
@@ -3502,6 +3502,7 @@ class Connection(BaseRequestHandler):
     def answer_next(self) -> bool:
         """Answer a request, which is under way before it is read: Server.finish() shall not miss
         it. Whether the connection is good for another."""
+        self.waits_since = time.monotonic()  # for the rest of its head
         try:
             with self.server.under_way():
                 return self._answer_next()
@@ -3916,7 +3917,7 @@ class Server(ThreadingHTTPServer):
         while self._is_busy() and time.monotonic() < deadline:
             self.service_actions()
             for connection in list(self._connections) if time.monotonic() > patience else ():
-                if connection.waits_since < math.inf:
+                if connection.waits_since < math.inf and not has_come([connection]):
                     connection.end()
             time.sleep(STOP_SECONDS)
         self._closed = True
@@ -4256,22 +4257,24 @@ def serve_workers(
 
 
 def prepare_folder(args: argparse.Namespace) -> None:
-    """Make the data folder, if need be. OSError unless it is of this mode and may be written, or is
-    on a file system that can only be read."""
+    """Make the data folder, if need be. OSError unless it is of this mode, and may be written or is
+    that of a standalone server on a file system that can only be read."""
     temp = os.path.join(args.data_dir, ".tmp")
     os.makedirs(temp, exist_ok=True)
-    with os.scandir(args.data_dir) as entries:
-        buckets = [each for each in entries if is_bucket_name(each.name) and each.is_dir()]
-    is_node = os.path.exists(os.path.join(args.data_dir, ".node_id"))
-    if is_node and not args.distributed:
+    names = os.listdir(args.data_dir)
+    if ".node_id" in names and not args.distributed:
         raise OSError(errno.EEXIST, "it is that of a node, which needs --distributed")
-    if buckets and args.distributed and not is_node:
-        raise OSError(errno.EEXIST, "it has the buckets of a standalone server")
+    for name in names if args.distributed and ".node_id" not in names else ():
+        if is_bucket_name(name) and os.path.isdir(os.path.join(args.data_dir, name)):
+            raise OSError(errno.EEXIST, "it has the buckets of a standalone server")
     effective = os.access in os.supports_effective_ids
     for folder in (args.data_dir, temp):
         may_write = os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective)
-        if not (may_write or os.statvfs(folder).f_flag & os.ST_RDONLY):
+        read_only = not args.distributed and os.statvfs(folder).f_flag & os.ST_RDONLY
+        if not (may_write or read_only):
             raise PermissionError(errno.EACCES, f"no permission to read and write in {folder}")
+    if not args.distributed:
+        FileStore(args.data_dir)  # its own folders are there, or can be made
 
 
 def raise_limits() -> None:

@@ -3739,7 +3739,8 @@ class Membership:
             after = view.with_members(c for c in moved if c.node != node)
             if node != self.ordered:
                 return after
-            if self._left_alone(view.members):  # the operator says that it is gone for good
+            complete = not view.previous or self.registers.synced == view.epoch
+            if self._left_alone(view.members) and complete:  # the other is gone for good
                 return replace(after, previous=())
             return replace(after, previous=(own,)) if self._left_alone(view.previous) else after
 
@@ -3747,13 +3748,17 @@ class Membership:
         LOG.warning("node %s was forgotten", node_hex(node))
 
     def obey(self) -> None:
-        """Forget whom the operator orders to forget, once."""
+        """Forget whom the operator orders to forget, once, as a member that knows the newest view.
+        Only the last of two, when it has a new address, becomes a member by this."""
         if self.ordered is None or self.obeyed:
             return
-        # The view of our disk may be older than the member; the newest one is had by joining. But
-        # the last of two, at a new address, joins only by forgetting the other.
-        views = (self.cluster.known_view, self.cluster.view)
-        if any(view().member(self.ordered) for view in views):
+        self._hello_all(self.cluster.known_view())  # the other may be there all the same
+        view = self.cluster.known_view()
+        before = view.member(self.node.own.node)
+        moved = before and before != self.node.own and self._left_alone(view.members)
+        if not (before and moved) or self._is_elsewhere(before.address):
+            view = self.cluster.view()
+        if view.member(self.ordered):
             self.forget(self.ordered)
         else:
             LOG.error("--forget: no member of this cluster is %s", node_hex(self.ordered))
