@@ -5072,19 +5072,29 @@ def test_whatever_a_request_raises_the_others_are_answered(
     assert "Panic" in caplog.text
 
 
-def test_each_new_connection_beyond_the_limit_ends_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Also while nobody comes to close them."""
+@contextlib.contextmanager
+def accepted(
+    count: int, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[zs3.Server, list[socket.socket]]]:
+    """A server with room for three connections, and clients that were accepted one after the other,
+    and have sent something, while nobody comes to answer them or to close them."""
     monkeypatch.setattr(zs3, "MAX_CONNECTIONS", 3)
     monkeypatch.setattr(zs3, "OWN_SECONDS", 0.0)
     server = InProcess(lambda request: zs3.Response(200))
     with contextlib.closing(server.server.socket), contextlib.ExitStack() as held:
-        clients = [held.enter_context(server.connect()) for _ in range(6)]
-        for _ in clients:
+        clients = [held.enter_context(server.connect()) for _ in range(count)]
+        for client in clients:
+            client.sendall(sent)
             server.server.process_request(*server.server.get_request())
         for each in server.server._connections:
             held.enter_context(each.socket)
+        yield server.server, clients
+
+
+def test_each_new_connection_beyond_the_limit_ends_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with accepted(6, b"", monkeypatch) as (_, clients):
         assert [client.recv(1) for client in clients[:3]] == [b"", b"", b""]
         for client in clients[3:]:
             client.setblocking(False)
@@ -5095,17 +5105,8 @@ def test_each_new_connection_beyond_the_limit_ends_another(
 def test_a_connection_that_waits_for_its_answer_is_not_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zs3, "MAX_CONNECTIONS", 3)
-    monkeypatch.setattr(zs3, "OWN_SECONDS", 0.0)
-    server = InProcess(lambda request: zs3.Response(200))
-    with contextlib.closing(server.server.socket), contextlib.ExitStack() as held:
-        clients = [held.enter_context(server.connect()) for _ in range(4)]
-        for client in clients:
-            client.sendall(PLAIN_GET)
-            server.server.process_request(*server.server.get_request())
-        for each in server.server._connections:
-            held.enter_context(each.socket)
-        assert len(server.server._connections) == 3
+    with accepted(4, PLAIN_GET, monkeypatch) as (server, clients):
+        assert len(server._connections) == 3
         assert clients[3].recv(4096).startswith(b"HTTP/1.1 503")
 
 

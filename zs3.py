@@ -4213,6 +4213,25 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
     sweep_uploads(service.store, args.upload_expiry)
 
 
+def start_worker(
+    args: argparse.Namespace, credentials: Credentials, listener: socket.socket
+) -> int | None:
+    """The id of a new process that serves; None if there is no room for one."""
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        LOG.error("cannot start a worker: %s", error.strerror)
+        return None
+    if pid == 0:
+        with contextlib.suppress(AttributeError):  # there is no such call elsewhere
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == parent:  # else it has ended already
+            serve(args, credentials, listener)
+        os._exit(0)
+    return pid
+
+
 def serve_workers(
     args: argparse.Namespace, credentials: Credentials, listener: socket.socket
 ) -> int:
@@ -4220,7 +4239,7 @@ def serve_workers(
     replaced; SIGTERM and SIGINT end all, and on Linux so does kill -9 of their parent."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may have ignored it
     workers: set[int] = set()
-    parent, stopping = os.getpid(), False
+    stopping = False
 
     def stop() -> None:
         nonlocal stopping
@@ -4233,17 +4252,9 @@ def serve_workers(
     while workers or not stopping:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is lost on a worker yet to be
         while not stopping and len(workers) < args.workers:
-            try:
-                pid = os.fork()
-            except OSError as error:
-                LOG.error("cannot start a worker: %s", error.strerror)
+            pid = start_worker(args, credentials, listener)
+            if pid is None:
                 break
-            if pid == 0:
-                with contextlib.suppress(AttributeError):  # there is no such call elsewhere
-                    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() == parent:  # else it has ended already
-                    serve(args, credentials, listener)
-                os._exit(0)
             workers.add(pid)
         handle_signals(stop)
         if workers and (stopping or len(workers) == args.workers):
