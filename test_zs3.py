@@ -10101,6 +10101,11 @@ def test_the_checker_of_histories_finds_what_is_wrong_and_nothing_else() -> None
     assert load_tool("chaos").selftest() == []
 
 
+def test_the_bugs_that_the_storm_is_tried_on_can_be_put_into_the_code_as_it_is() -> None:
+    chaos = load_tool("chaos")
+    assert len({chaos.broken(bug) for bug in chaos.PLANTED}) == 3
+
+
 # --- Agreement -----------------------------------------------------------------------------------
 
 

@@ -1470,22 +1470,29 @@ PLANTED = (
     Planted(
         "garbage collection does not look again",
         {
-            "strict=True) if not one}": "strict=True) if not one or block in self._suspects}",
-            "if touched != before:": "if False:",
-            "if status.st_mtime != touched:": "if False:",
+            "if not needed}": "if not needed or (block, 0.0) in self._suspects}",
+            "self._suspects.get((block, touched), now)": "self._suspects.get((block, 0.0), now)",
+            "suspects[block, touched] = since": "suspects[block, 0.0] = since",
+            "if status.st_mtime == touched:": "if True:",
         },
         lambda number, modules: gc_race(300, modules),
     ),
 )
 
 
-def hunt(bug: Planted, tries: int) -> Report:
-    """Up to so many runs against a copy with this bug. The violation is not to find one."""
+def broken(bug: Planted) -> str:
+    """zs3_dist.py with this bug."""
     source = (ROOT / "zs3_dist.py").read_text()
     for old, new in bug.edits.items():
         if source.count(old) != 1:
             raise ChaosError(f"{bug.what}: {old!r} is there {source.count(old)} times")
         source = source.replace(old, new)
+    return source
+
+
+def hunt(bug: Planted, tries: int) -> Report:
+    """Up to so many runs against a copy with this bug. The violation is not to find one."""
+    source = broken(bug)
     report = Report(f"planted: {bug.what}", [f"not caught in {tries} tries"])
     with tempfile.TemporaryDirectory(prefix="zs3-planted-") as folder:
         shutil.copy(ROOT / "zs3.py", folder)
