@@ -6206,21 +6206,26 @@ def test_workers_share_one_socket(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is told of that")
+def signal_while_uploading(server: Server, s3: Client, number: int) -> None:
+    """Nothing is accepted any more, what is under way is finished, and then the server ends."""
+    with s3.connect() as connection:
+        connection.send(signed_put(s3, "slow", 10, expect="100-continue"))
+        assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+        connection.file.readline()
+        server.process.send_signal(number)
+        deadline = time.monotonic() + 5
+        while reachable("127.0.0.1", server.port):
+            assert time.monotonic() < deadline, "still accepting"
+            time.sleep(0.01)
+        connection.send(b"0123456789")
+        connection.answer().ok()
+    assert server.process.wait(10) == 0
+
+
 def test_stopping_workers_take_no_new_connections(folder: Path) -> None:
     with Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server:
         s3 = server.client("bucket")
-        with s3.connect() as connection:
-            connection.send(signed_put(s3, "slow", 10, expect="100-continue"))
-            assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
-            connection.file.readline()
-            server.process.terminate()
-            deadline = time.monotonic() + 5
-            while reachable("127.0.0.1", server.port):
-                assert time.monotonic() < deadline, "still accepting"
-                time.sleep(0.01)
-            connection.send(b"0123456789")
-            connection.answer().ok()
-        assert server.process.wait(10) == 0
+        signal_while_uploading(server, s3, signal.SIGTERM)
         s3.close()
 
 
@@ -6759,18 +6764,7 @@ def test_a_signal_finishes_the_requests_under_way_and_exits_0(folder: Path, numb
     with Server(ACL, "--bucket=bucket", data=folder) as server:
         s3 = server.client("bucket")
         s3.put("k", b"x").ok()  # leaves an idle connection, which must not keep the server
-        with s3.connect() as connection:
-            connection.send(signed_put(s3, "slow", 10, expect="100-continue"))
-            assert connection.file.readline() == b"HTTP/1.1 100 Continue\r\n"
-            connection.file.readline()
-            server.process.send_signal(number)
-            deadline = time.monotonic() + 5
-            while reachable("127.0.0.1", server.port):
-                assert time.monotonic() < deadline, "still accepting"
-                time.sleep(0.01)
-            connection.send(b"0123456789")
-            connection.answer().ok()
-        assert server.process.wait(10) == 0
+        signal_while_uploading(server, s3, number)
         s3.close()
     assert (folder / "bucket/slow").read_bytes() == b"0123456789"
     assert not [line for line in server.lines if "Traceback" in line]

@@ -1595,6 +1595,12 @@ def file_status(file: str | int) -> os.stat_result:
 Found = tuple[str, int, str, str]
 
 
+def make_own_folders(root: str) -> None:
+    """Those of the server itself, which begin with a dot, as no bucket can. OSError."""
+    for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+
+
 class FileStore:
     """The Store on plain files. Every object is one file, made in .tmp, described by an attribute,
     and then renamed into place: bytes and description appear, and are replaced, together."""
@@ -1604,14 +1610,10 @@ class FileStore:
     def __init__(self, root: str, fsync: bool = False) -> None:
         self._root = os.path.abspath(root)
         self.waits = self._fsync = fsync
-        self._make_own_folders()
+        make_own_folders(self._root)
         self._directories = DirectoryCache()
         self._temp_prefix = f"{self._root}/.tmp/{secrets.token_hex(8)}"
         self._temp_count = itertools.count()
-
-    def _make_own_folders(self) -> None:
-        for folder in (".keys", ".locks", ".meta", ".tmp", UPLOADS):
-            os.makedirs(f"{self._root}/{folder}", exist_ok=True)
 
     def start(self) -> None:
         """Remove what earlier servers left half-written, now and then."""
@@ -1659,7 +1661,7 @@ class FileStore:
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
     def create_bucket(self, bucket: str) -> bool:
-        self._make_own_folders()  # somebody may have removed everything, to begin anew
+        make_own_folders(self._root)  # somebody may have removed everything, to begin anew
         with self._lock(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
@@ -4153,6 +4155,11 @@ def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
     write_line("\n".join(lines))
 
 
+def is_slow_down(error: S3Error | OSError) -> bool:
+    """Whether it says that other nodes are missing, who may come."""
+    return isinstance(error, S3Error) and error.code == "SlowDown"
+
+
 def sweep_uploads(store: Store, expiry: float) -> None:
     """Remove stale uploads now and then, for as long as the server runs."""
     while True:
@@ -4161,8 +4168,8 @@ def sweep_uploads(store: Store, expiry: float) -> None:
             for bucket in {info.key.split("/")[0] for info in store.scan(UPLOADS, "", "", "/")}:
                 expire_uploads(store, bucket, time.time() - expiry)
         except (S3Error, OSError) as error:  # next time, then
-            slow = isinstance(error, S3Error) and error.code == "SlowDown"
-            LOG.log(logging.DEBUG if slow else logging.WARNING, "stale uploads: %s", error)
+            level = logging.DEBUG if is_slow_down(error) else logging.WARNING
+            LOG.log(level, "stale uploads: %s", error)
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
@@ -4205,7 +4212,7 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
                 service.store.create_bucket(bucket)
                 break
             except (S3Error, OSError) as error:
-                slow = isinstance(error, S3Error) and error.code == "SlowDown"
+                slow = is_slow_down(error)
                 if not slow:
                     LOG.error("cannot make the bucket %s yet: %s", bucket, error)
                 time.sleep(0.5 if slow else 5.0)
@@ -4285,7 +4292,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
         if not (may_write or read_only):
             raise PermissionError(errno.EACCES, f"no permission to read and write in {folder}")
     if not args.distributed:
-        FileStore(args.data_dir)  # its own folders are there, or can be made
+        make_own_folders(args.data_dir)
 
 
 def raise_limits() -> None:

@@ -1579,7 +1579,8 @@ class Registers:
                 " ON CONFLICT (bucket, key) DO UPDATE SET promised = excluded.promised",
                 (bucket, key.encode(), ballot, time.time()),
             )
-            return {**told(slot, self.basis(bucket, key)), "floor": self.floor(bucket)}
+            floor = "" if slot.accepted else self.floor(bucket)  # it says nothing of what is there
+            return {**told(slot, self.basis(bucket, key)), "floor": floor}
 
     def accept(
         self, bucket: str, key: str, ballot: str, value: Value, chosen: bool,
@@ -3700,13 +3701,17 @@ class Membership:
     def _voters(self, now: View, after: View) -> Groups:
         """All members; but the last of two may go on without the other when its operator orders it
         to forget that one (`--forget`): what was acknowledged, both had accepted."""
-        complete = not now.previous or self.registers.synced == now.epoch
-        if self._left_alone(now.members) and after.members == (self.node.own,) and complete:
+        alone = self._left_alone(now.members) and self._is_complete(now)
+        if alone and after.members == (self.node.own,):
             return ((self.node.own,),)
         groups = now.groups(VIEWS)
         if self._left_alone(now.previous) and after.member(cast(int, self.ordered)) is None:
             return tuple(tuple(c for c in group if c.node != self.ordered) for group in groups)
         return groups
+
+    def _is_complete(self, view: View) -> bool:
+        """Does this node have all that was known before this view?"""
+        return not view.previous or self.registers.synced == view.epoch
 
     def _left_alone(self, pair: Group) -> bool:
         """Are these two this node and the one that the operator orders to forget?"""
@@ -3739,8 +3744,7 @@ class Membership:
             after = view.with_members(c for c in moved if c.node != node)
             if node != self.ordered:
                 return after
-            complete = not view.previous or self.registers.synced == view.epoch
-            if self._left_alone(view.members) and complete:  # the other is gone for good
+            if self._left_alone(view.members) and self._is_complete(view):  # it is gone for good
                 return replace(after, previous=())
             return replace(after, previous=(own,)) if self._left_alone(view.previous) else after
 
@@ -3754,9 +3758,9 @@ class Membership:
             return
         self._hello_all(self.cluster.known_view())  # the other may be there all the same
         view = self.cluster.known_view()
-        before = view.member(self.node.own.node)
-        moved = before and before != self.node.own and self._left_alone(view.members)
-        if not (before and moved) or self._is_elsewhere(before.address):
+        before, alone = view.member(self.node.own.node), self._left_alone(view.members)
+        moved = before if alone and before != self.node.own else None
+        if moved is None or self._is_elsewhere(moved.address):
             view = self.cluster.view()
         if view.member(self.ordered):
             self.forget(self.ordered)
