@@ -77,13 +77,14 @@ import threading
 import time
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from http.server import ThreadingHTTPServer
+from queue import SimpleQueue
 from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, unquote, unquote_to_bytes
@@ -1155,22 +1156,32 @@ class Body:
         """Blocks take turns: while one is received, hashed and written here, MD5, the slowest of
         the digests, is busy with those before it in a thread of its own, without the interpreter's
         lock."""
-        # Their pages come when bytes do: a client that sends none costs none.
-        blocks = deque(memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(BODY_BLOCKS))
+        free: SimpleQueue[memoryview] = SimpleQueue()
+        full: SimpleQueue[memoryview] = SimpleQueue()
+        for _ in range(BODY_BLOCKS):  # their pages come when bytes do: a silent client costs none
+            free.put(memoryview(mmap.mmap(-1, BLOCK_BYTES)))
         md5, others = digests["MD5"], [digests[name] for name in digests if name != "MD5"]
-        under_way: deque[Future[None]] = deque()
+
+        def hash_blocks() -> None:
+            try:
+                while block := full.get():
+                    md5.update(block)
+                    free.put(memoryview(block.obj))
+            finally:
+                free.put(memoryview(b""))  # nobody is to wait for another
+
         with ThreadPoolExecutor(1) as thread:
-            while got := self._fill(blocks[0]):
-                block = blocks[0][:got]
-                under_way.append(thread.submit(md5.update, block))
-                for digest in others:
-                    digest.update(block)
-                yield block
-                blocks.rotate(-1)
-                if len(under_way) == BODY_BLOCKS:
-                    under_way.popleft().result()
-            for each in under_way:
-                each.result()
+            hashing = thread.submit(hash_blocks)
+            try:
+                while got := self._fill(space := free.get()):
+                    block = space[:got]
+                    full.put(block)
+                    for digest in others:
+                        digest.update(block)
+                    yield block
+            finally:
+                full.put(memoryview(b""))
+            hashing.result()
 
     def _check_length(self) -> None:
         if max(self.length, self.size or 0) > self._limit:
