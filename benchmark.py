@@ -5,7 +5,10 @@
                an invocation id of its own, so that no two are alike; then they are sent as fast as
                the replies come, over 1, 8 or 50 connections, for a bounded time. Every reply is
                checked. GET and HEAD go round objects that were each read once before, untimed: a
-               kernel may have taken files that rested between two rounds out of memory.
+               kernel may have taken files that rested between two rounds out of memory. Before
+               bodies of 1 MB and more are sent, memory is used and given back: to a virtual machine
+               its host gives what rested for seconds anew, page by page, in ten times as long as
+               a file is written there.
     generator  a forked process with plain sockets and epoll. Cells in which it was busy for nine
                tenths of the time carry a "*": there it may have been the limit, not the server.
     rounds     all servers run at once, and cells take turns: A B C, A B C, ... The tables show the
@@ -37,6 +40,7 @@ import hmac
 import html
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import platform
@@ -74,6 +78,7 @@ LISTS = {  # buckets of LIST rows: folders, and keys in each; one folder is the 
 MOST_BY_PUT = 100_000  # larger buckets are only listed where files are objects
 PART_BYTES = 8 * MB
 MOST_REQUESTS, MOST_BYTES = 15_000, 6_000 * MB  # prepared for each second: the highest rates seen
+READY_BYTES = 768 * MB  # of memory, for each second of a PUT of 1 MB and more: the most seen
 MOST_OPENED = 5_000  # connections that a cell opens one after the other: ports are finite
 LARGE_CONNECTIONS = 8  # for 64 MB and more: fifty such bodies would be 3 GB in flight
 REQUEST_SECONDS = 30  # a reply that takes longer is a failure, and the server is restarted
@@ -379,6 +384,18 @@ class Plan:
     seconds: float = 1e9
     keep_alive: bool = True
     warm: int = 0
+    ready: int = 0  # bytes of memory to make ready
+
+
+def make_ready(size: int) -> None:
+    """Use so much memory, but no more than a quarter of what is free, and give it back. In large
+    pages: small ones would be those that were in use just now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") // 4 * mmap.PAGESIZE
+    if pages := min(size, free) // mmap.PAGESIZE:
+        memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory[::mmap.PAGESIZE] = bytes(pages)
+        memory.close()
 
 
 def generate(plan: Plan, bodies: Bodies, share: slice, gate: Barrier, pipe: Connection) -> None:
@@ -392,6 +409,7 @@ def generate(plan: Plan, bodies: Bodies, share: slice, gate: Barrier, pipe: Conn
                     plan.keep_alive)
         warm = len(range(plan.warm)[share])
         load.run(iter(requests[:warm]), REQUEST_SECONDS)
+        make_ready(plan.ready // share.step)
         gate.wait(REQUEST_SECONDS)
         pipe.send(load.run(iter(requests[warm:]), plan.seconds))
     except (OSError, threading.BrokenBarrierError) as error:
@@ -791,8 +809,9 @@ class Bench:
             jobs = [Job(row.operation, stock[number * 7919 % keep])
                     for number in range(count)]
         expect = Expect(SIZES[row.what] if row.operation in ("GET", "HEAD") else -1)
+        large = row.operation.startswith("PUT") and SIZES[row.what] >= MB
         return Plan(server.endpoint, jobs, expect, row.connections, self.seconds,
-                    row.keep_alive, warm)
+                    row.keep_alive, warm, int(READY_BYTES * self.seconds) if large else 0)
 
     def listing_plan(self, server: Server, row: Row, page: int, bucket: str) -> Plan:
         """Pages that begin all over the bucket; or the one page after a start."""
@@ -835,7 +854,8 @@ class Bench:
         upload = f"uploadId={started[1]}"
         parts = range(1, SIZES[row.what] // PART_BYTES + 1)
         jobs = [Job("PUT", f"{target}?partNumber={part}&{upload}", PART_BYTES) for part in parts]
-        sample = drive(Plan(endpoint, jobs, Expect(), row.connections), self.bodies)
+        plan = Plan(endpoint, jobs, Expect(), row.connections, ready=READY_BYTES)
+        sample = drive(plan, self.bodies)
         etags = re.findall("<ETag>([^<]+)", ask(endpoint, "GET", f"{target}?{upload}")[1])
         document = "".join(f"<Part><PartNumber>{part}</PartNumber><ETag>{etag}</ETag></Part>"
                            for part, etag in zip(parts, etags, strict=False))
