@@ -106,6 +106,7 @@ MAX_KNOWN_BUCKETS = 10_000  # whose owners are remembered, under names that may 
 CONNECT_SECONDS = 2.0  # also how long one small answer may take
 BLOCK_SECONDS = 10.0  # how long storing or fetching one block may take
 COPY_SECONDS = 2.0  # a third copy is waited for so long after two are there
+EAGER_SECONDS = 0.0003  # an answer that comes so soon is not slept for: to wake up takes as long
 HEDGE_SECONDS = 0.05  # a small answer later than this makes us ask one more peer
 SKIP_SECONDS = 10.0  # a peer that did not answer is asked last for so long, unless it is heard from
 JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to join its cluster
@@ -424,8 +425,8 @@ MESSAGES: dict[str, dict[str, Check]] = {
 def parse_message(name: str, body: bytes | bytearray) -> Message:
     """The checked fields of message `name`. ValueError when the body is not exactly that."""
     fields = MESSAGES[name]
-    raw = json.loads(body)
-    need(isinstance(raw, dict) and set(raw) == set(fields), "fields")
+    raw = json.loads(body.decode())
+    need(isinstance(raw, dict) and raw.keys() == fields.keys(), "fields")
     return {field_name: check(raw[field_name]) for field_name, check in fields.items()}
 
 
@@ -451,7 +452,7 @@ class Reply(NamedTuple):
 
     def json(self) -> Message:
         """The fields of a good answer; {"failed": true} without one."""
-        return json.loads(self.body) if self.status == 200 else {"failed": True}
+        return json.loads(self.body.decode()) if self.status == 200 else {"failed": True}
 
 
 class Question(NamedTuple):
@@ -479,12 +480,13 @@ class Seal:
         self.misled: set[str] = set()  # addresses of peers that look for another node at ours
         self._key = blake3(secret.encode(), derive_key_context="zs3 cluster").digest()
         self._from = " ".join(own.as_json())
+        self._nonces = itertools.count(secrets.randbits(63))
 
     def request(self, question: Question) -> tuple[bytes, str]:
         """Head of the HTTP request, and the MAC that the answer must prove to have seen."""
         to, path = question.to, "/_zs3/" + question.path
         payload = "-" if question.of_block else blake3(question.body).hexdigest()
-        said = f"{self._from} {node_hex(to.node)} {secrets.token_hex(8)} {payload}"
+        said = f"{self._from} {node_hex(to.node)} {next(self._nonces):x} {payload}"
         mac = self._mac(path, said)
         head = (
             f"POST {path} HTTP/1.1\r\nhost: {to.address}\r\nx-zs3-seal: {said} {mac}\r\n"
@@ -622,12 +624,13 @@ class Peers:
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
-        self._lock = threading.Lock()  # guards _idle, _owed, _skipped, _slow
+        self._lock = threading.Lock()  # guards _idle, _owed, _skipped, _slow, under_way
         self._idle: dict[str, list[Link]] = {}
         self._owed: dict[str, list[Call]] = {}  # whose answers nobody waits for; by address, too
         self.moved: dict[Contact, Contact] = {}  # as the view has it -> where it last spoke from
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
         self._slow: dict[int, float] = {}  # the same
+        self.under_way = 0  # exchanges
         self.closed = False
 
     def skipped(self, node: int) -> bool:
@@ -669,7 +672,13 @@ class Peers:
         up to `linger` seconds later, until `first` are good), or all answered or timed out."""
         if self.moved:
             questions = [each._replace(to=self.moved.get(each.to, each.to)) for each in questions]
-        return Exchange(self, questions, seconds).run(enough, first, linger, meanwhile)
+        with self._lock:
+            self.under_way += 1
+        try:
+            return Exchange(self, questions, seconds).run(enough, first, linger, meanwhile)
+        finally:
+            with self._lock:
+                self.under_way -= 1
 
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
@@ -801,9 +810,20 @@ class Exchange:
             self.queue.clear()
             return
         until = min(stop, self.hedge) if self.queue else stop
-        for fd, _ in self.poller.poll(max(1.0, (until - now) * 1000) if self.calls else 0):
+        for fd, _ in self._wait(max(0.001, until - now)) if self.calls else ():
             if fd in self.calls:
                 self._pump(self.calls[fd])
+
+    def _wait(self, seconds: float) -> list[tuple[int, int]]:
+        """Which connections have something for us by then. As long as no other request of this
+        node is under way, look for it a while before going to sleep; whoever can compute meanwhile,
+        does."""
+        eager = time.monotonic() + min(seconds, EAGER_SECONDS)
+        while self.peers.under_way == 1 and time.monotonic() < eager:
+            if ready := self.poller.poll(0):
+                return ready
+            os.sched_yield()
+        return self.poller.poll(seconds * 1000)
 
     def _start(self) -> None:
         """Ask the next in the queue to whom there is a connection."""
