@@ -5272,10 +5272,12 @@ def test_workers_share_the_connections(folder: Path) -> None:
 
 def test_a_bug_is_InternalError_with_a_traceback_and_the_server_goes_on(folder: Path) -> None:
     run = CHANGED.format("zs3.FileStore.list_buckets = lambda self: 1 // 0")
-    with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
+    flags = (ACL, "--bucket=bucket", f"--cors-origin={ORIGIN}")
+    with Server(*flags, data=folder, prelude=run) as server:
         s3 = server.client("bucket")
         for _ in range(2):
-            answer = s3.service()
+            answer = s3.service(origin=ORIGIN)
+            assert answer.headers["access-control-allow-origin"] == ORIGIN
             assert answer.error == "InternalError" and answer.headers["connection"] == "close"
             assert b"ZeroDivisionError" not in answer.body
             server.wait_for_line(answer.headers["x-amz-request-id"])

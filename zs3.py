@@ -3291,11 +3291,9 @@ class Service:
     def respond(self, request: Request) -> Response:
         """The answer, an error too. Only a bug raises."""
         try:
-            response = self._serve(request)
+            return self._serve(request)
         except (S3Error, OSError) as error:
-            response = error_response(request, as_s3_error(error))
-        response.headers.update(cors_headers(request))
-        return response
+            return error_response(request, as_s3_error(error))
 
     def _serve(self, request: Request) -> Response:
         request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
@@ -3470,7 +3468,8 @@ def render_head(request: Request, response: Response, keep: bool) -> bytes:
         f"x-amz-request-id: {request.id}",
         f"x-amz-id-2: {HOST_ID}",
     ]
-    lines += [f"{name}: {value}" for name, value in response.headers.items()]
+    headers = response.headers | cors_headers(request)
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     if response.status not in (204, 304):  # of 304 it would be the object's (RFC 9110, 8.6)
         lines.append(f"Content-Length: {response.length}")
     if not keep:
