@@ -3174,8 +3174,9 @@ def uploads_page(
 # ===== 10 Routes =====
 
 SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
-READ, WRITE, ADMIN = "read", "write", "admin"
-ROLES = {"admin": {READ, WRITE, ADMIN}, "writer": {READ, WRITE}, "reader": {READ}}
+PUBLIC, READ, WRITE, ADMIN = "public", "read", "write", "admin"  # PUBLIC: see --public-read
+ROLES = {"admin": {PUBLIC, READ, WRITE, ADMIN}, "writer": {PUBLIC, READ, WRITE},
+         "reader": {PUBLIC, READ}}
 
 
 class Route(NamedTuple):
@@ -3194,10 +3195,10 @@ class Route(NamedTuple):
 ROUTES = (
     Route("GET", SERVICE, (), list_buckets, READ),
     Route("PUT", BUCKET, (), create_bucket, ADMIN),
-    Route("HEAD", BUCKET, (), head_bucket, READ),
+    Route("HEAD", BUCKET, (), head_bucket, PUBLIC),
     Route("DELETE", BUCKET, (), delete_bucket, ADMIN),
-    Route("GET", BUCKET, ("list-type",), list_objects_v2, READ),
-    Route("GET", BUCKET, (), list_objects, READ),
+    Route("GET", BUCKET, ("list-type",), list_objects_v2, PUBLIC),
+    Route("GET", BUCKET, (), list_objects, PUBLIC),
     Route("GET", BUCKET, ("versions",), list_object_versions, READ),
     Route("GET", BUCKET, ("uploads",), list_multipart_uploads, READ),
     *(Route("GET", BUCKET, (name,), get_configuration, READ) for name in BUCKET_CONFIGURATIONS),
@@ -3205,10 +3206,10 @@ ROUTES = (
     Route("GET", OBJECT, ("attributes",), get_object_attributes, READ),
     *(Route("GET", OBJECT, (name,), get_configuration, READ) for name in OBJECT_CONFIGURATIONS),
     Route("GET", OBJECT, ("uploadId",), list_parts_page, READ),
-    Route("GET", OBJECT, ("partNumber",), get_object, READ),
-    Route("GET", OBJECT, (), get_object, READ),
-    Route("HEAD", OBJECT, ("partNumber",), head_object, READ),
-    Route("HEAD", OBJECT, (), head_object, READ),
+    Route("GET", OBJECT, ("partNumber",), get_object, PUBLIC),
+    Route("GET", OBJECT, (), get_object, PUBLIC),
+    Route("HEAD", OBJECT, ("partNumber",), head_object, PUBLIC),
+    Route("HEAD", OBJECT, (), head_object, PUBLIC),
     Route("PUT", OBJECT, ("partNumber", "uploadId"), upload_part_copy, WRITE, "x-amz-copy-source"),
     Route("PUT", OBJECT, ("partNumber", "uploadId"), upload_part, WRITE),
     Route("PUT", OBJECT, (), copy_object, WRITE, "x-amz-copy-source"),
@@ -3218,7 +3219,6 @@ ROUTES = (
     Route("DELETE", OBJECT, ("uploadId",), abort_multipart_upload, WRITE),
     Route("DELETE", OBJECT, (), delete_object, WRITE),
 )  # fmt: skip
-PUBLIC_OPERATIONS = {get_object, head_object, list_objects, list_objects_v2, head_bucket}
 ROUTES_OF: dict[tuple[str, str, frozenset[str]], list[Route]] = {}
 for _route in ROUTES:
     _asked = (_route.method, _route.resource, frozenset(_route.subresources))
@@ -3260,11 +3260,11 @@ def find_route(request: Request) -> Route:
 
 
 def check_permission(request: Request, permission: str) -> None:
-    """AccessDenied unless the role allows it, or the bucket is one that anyone may read."""
+    """AccessDenied unless the role has it, or it is PUBLIC in a bucket that anyone may read."""
     if request.credential is not None:
         allowed = permission in ROLES[request.credential.role]
     else:
-        allowed = permission == READ and request.bucket in request.settings.public_read
+        allowed = permission == PUBLIC and request.bucket in request.settings.public_read
     if not allowed:
         raise S3Error("AccessDenied")
 
@@ -3312,11 +3312,9 @@ class Service:
         if auth is not None and auth.expires is not None:
             request.headers = headers_in_query(request.query) | request.headers
         if request.credential is None:
-            check_permission(request, READ if request.method in ("GET", "HEAD") else WRITE)
+            check_permission(request, PUBLIC if request.method in ("GET", "HEAD") else WRITE)
         route = find_route(request)
         check_permission(request, route.permission)
-        if request.credential is None and route.operation not in PUBLIC_OPERATIONS:
-            raise S3Error("AccessDenied")
         if (request.bucket or request.key) and not is_bucket_name(request.bucket):
             raise S3Error("InvalidBucketName", BucketName=request.bucket)
         if request.key:
