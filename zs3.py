@@ -3982,17 +3982,17 @@ def parse_buckets(text: str) -> list[str]:
     return names
 
 
-def parse_acl(text: str) -> list[Credential]:
+def parse_acl(text: str) -> Credentials:
     """`role:access:secret,...`; a secret may hold colons but no comma."""
-    credentials = []
+    credentials: Credentials = {}
     for entry in parse_names(text):
         pieces = entry.split(":", 2)
         if len(pieces) < 3 or not all(pieces) or pieces[0] not in ROLES:
             roles = ", ".join(ROLES)
             raise argparse.ArgumentTypeError(f"{entry!r} is no ROLE:ACCESS:SECRET; roles: {roles}")
-        credentials.append(Credential(*pieces))
-    if len({each.access for each in credentials}) < len(credentials):
-        raise argparse.ArgumentTypeError("an access key stands there twice")
+        if pieces[1] in credentials:
+            raise argparse.ArgumentTypeError("an access key stands there twice")
+        credentials[pieces[1]] = Credential(*pieces)
     return credentials
 
 
@@ -4078,7 +4078,7 @@ OPTIONS = (
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, and the environment for what is not there."""
+    """The command line, and the environment for what is not there; with its `credentials`."""
     parser = argparse.ArgumentParser(
         prog="zs3", description="S3-compatible object storage on plain files.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -4110,14 +4110,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # The nodes of one machine, started in one directory, get a folder each.
     beside = args.distributed and args.port != PORT
     args.data_dir = args.data_dir or (f"data-{args.port}" if beside else "data")
-    return args
-
-
-def choose_credentials(args: argparse.Namespace) -> Credentials:
-    """From --acl, from MinIO's variables, or the default."""
     access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
     secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
-    return {each.access: each for each in args.acl or [Credential("admin", access, secret)]}
+    args.credentials = args.acl or {access: Credential("admin", access, secret)}
+    return args
 
 
 def well_known(credentials: Credentials) -> list[str]:
@@ -4125,7 +4121,7 @@ def well_known(credentials: Credentials) -> list[str]:
     return [each.access for each in credentials.values() if each.secret == DEFAULT_SECRET]
 
 
-def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
+def open_store(args: argparse.Namespace) -> Store:
     """The store that the command line asks for."""
     if args.distributed:
         try:
@@ -4133,7 +4129,7 @@ def open_store(args: argparse.Namespace, credentials: Credentials) -> Store:
         except ImportError as error:
             beside = "distributed mode needs zs3_dist.py beside zs3.py"
             sys.exit(f"zs3: {beside if error.name == 'zs3_dist' else error}")
-        return zs3_dist.open_store(args, credentials)
+        return zs3_dist.open_store(args)
     return FileStore(args.data_dir, args.fsync)
 
 
@@ -4149,16 +4145,16 @@ def check_health(args: argparse.Namespace) -> int:
             return 1
 
 
-def print_banner(args: argparse.Namespace, credentials: Credentials) -> None:
+def print_banner(args: argparse.Namespace) -> None:
     """What a newcomer needs to know, on standard error."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
-    if known := ", ".join(well_known(credentials)):
+    if known := ", ".join(well_known(args.credentials)):
         lines.append(f"access key {known}, secret {DEFAULT_SECRET}; set others by --acl")
         if not args.host.startswith("127.") and args.host != "::1":
             lines.append("WARNING: whoever reaches this port can use these well-known keys")
     else:
-        keys = ", ".join(f"{each.access} ({each.role})" for each in credentials.values())
+        keys = ", ".join(f"{each.access} ({each.role})" for each in args.credentials.values())
         lines.append(f"access keys: {keys}")
     write_line("\n".join(lines))
 
@@ -4181,11 +4177,11 @@ def sweep_uploads(store: Store, expiry: float) -> None:
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
-def serve(args: argparse.Namespace, credentials: Credentials, listener: socket.socket) -> int:
+def serve(args: argparse.Namespace, listener: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT, and finish what is under way."""
-    store = open_store(args, credentials)
+    store = open_store(args)
     settings = Settings(
-        credentials, frozenset(args.public_read), tuple(args.cors_origin), args.domain,
+        args.credentials, frozenset(args.public_read), tuple(args.cors_origin), args.domain,
         args.min_part_size,
     )
     service = Service(store, settings)
@@ -4228,9 +4224,7 @@ def prepare(args: argparse.Namespace, service: Service) -> None:
     sweep_uploads(service.store, args.upload_expiry)
 
 
-def start_worker(
-    args: argparse.Namespace, credentials: Credentials, listener: socket.socket
-) -> int | None:
+def start_worker(args: argparse.Namespace, listener: socket.socket) -> int | None:
     """The id of a new process that serves; None if there is no room for one."""
     parent = os.getpid()
     try:
@@ -4242,14 +4236,12 @@ def start_worker(
         with contextlib.suppress(AttributeError):  # there is no such call elsewhere
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == parent:  # else it has ended already
-            serve(args, credentials, listener)
+            serve(args, listener)
         os._exit(0)
     return pid
 
 
-def serve_workers(
-    args: argparse.Namespace, credentials: Credentials, listener: socket.socket
-) -> int:
+def serve_workers(args: argparse.Namespace, listener: socket.socket) -> int:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
     replaced; SIGTERM and SIGINT end all, and on Linux so does kill -9 of their parent."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may have ignored it
@@ -4267,7 +4259,7 @@ def serve_workers(
     while workers or not stopping:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is lost on a worker yet to be
         while not stopping and len(workers) < args.workers:
-            pid = start_worker(args, credentials, listener)
+            pid = start_worker(args, listener)
             if pid is None:
                 break
             workers.add(pid)
@@ -4323,8 +4315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass  # whoever started us has closed it; no file or client shall get what is logged
         os.close(null)
-    credentials = choose_credentials(args)
-    host = args.host or ("127.0.0.1" if well_known(credentials) else "0.0.0.0")
+    host = args.host or ("127.0.0.1" if well_known(args.credentials) else "0.0.0.0")
     threading.stack_size(STACK_BYTES)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()  # every address, those of IPv4 too
@@ -4345,10 +4336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # gives back what compiling this module took, about 5 MB
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until there is something to stop
-    print_banner(args, credentials)
+    print_banner(args)
     run = serve_workers if args.workers > 1 else serve
     with listener:
-        return run(args, credentials, listener)
+        return run(args, listener)
 
 
 if __name__ == "__main__":

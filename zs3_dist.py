@@ -3939,20 +3939,18 @@ def advertised(args: argparse.Namespace) -> str:
     return f"[{host}]:{args.port}" if ":" in host else f"{host}:{args.port}"
 
 
-def cluster_secret(args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]) -> str:
+def cluster_secret(args: argparse.Namespace) -> str:
     """--cluster-secret, or access key and secret of the admin who sorts first: nodes with the same
     --acl make one cluster."""
     if args.cluster_secret:
         return cast(str, args.cluster_secret)
-    admins = sorted(c for c in credentials.values() if c.role == "admin")
+    admins = sorted(c for c in args.credentials.values() if c.role == "admin")
     if not admins:
         raise SystemExit("zs3: distributed mode needs --cluster-secret, or an admin in --acl")
     return f"{admins[0].access}\0{admins[0].secret}"
 
 
-def open_store(
-    args: argparse.Namespace, credentials: Mapping[str, zs3.Credential]
-) -> DistributedStore:
+def open_store(args: argparse.Namespace) -> DistributedStore:
     """The store of a node of a cluster, as the command line asks for it."""
     for address in args.bootstrap:
         option("bootstrap", address, address_field, "HOST:PORT")
@@ -3967,7 +3965,7 @@ def open_store(
         advice = f"if other nodes have what this one had, remove {path}*, and it joins anew"
         raise SystemExit(f"zs3: {error.strerror}: {advice}") from None
     node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
-    seal = Seal(own, cluster_secret(args, credentials))
+    seal = Seal(own, cluster_secret(args))
     store = DistributedStore(Cluster(node, Peers(seal)), seal, lock)
     add_jobs(store, args)
     return store
