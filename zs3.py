@@ -1601,9 +1601,7 @@ def file_status(file: str | int) -> os.stat_result:
     return status
 
 
-# What a walk finds: key, 0 or 1 (literal or spelled path), path, and the common prefix it is to
-# stand for, if any.
-Found = tuple[str, int, str, str]
+Found = tuple[str, str, str]  # by a walk: key, path, and the common prefix it stands for, if any
 
 
 def make_own_folders(root: str) -> None:
@@ -1867,18 +1865,19 @@ class FileStore:
         start = max(start, prefix)
         folder = f"{self._root}/.keys/{bucket}/"
         spelled = self._walk(folder, "", spell(prefix), spell(start), False, sys.maxsize)
-        keys = ((unspell(name), name, path) for name, _, path, _ in spelled)
+        keys = ((unspell(name), name, path) for name, path, _ in spelled)
         # A name that spell never gives, like that of somebody's .DS_Store, is no object's.
-        special = ((key, 1, path, "") for key, name, path in keys if spell(key) == name)
+        special = ((key, path, "") for key, name, path in keys if spell(key) == name)
         folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
         literal = self._walk(folder, "", prefix, start, grouped, MAX_KEY_BYTES)
-        return self._stat_all(bucket, heapq.merge(special, literal))
+        # Of two with one key the literal comes first, which hides the other.
+        return self._stat_all(bucket, heapq.merge(literal, special, key=lambda found: found[0]))
 
     def _stat_all(self, bucket: str, found: Iterable[Found]) -> Iterator[ObjectInfo]:
         last, last_group = None, ""
-        for key, _, path, group in found:
+        for key, path, group in found:
             if key == last or (group and group == last_group):
-                continue  # hidden by its literal path, or one of its group was shown
+                continue  # hidden, or one of its group was shown
             if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
                 continue  # a file that somebody put too deep for a key
             try:
@@ -1904,7 +1903,7 @@ class FileStore:
                     return
             elif not name.endswith("/"):
                 if key.startswith(prefix):
-                    yield key, 0, folder + name, ""
+                    yield key, folder + name, ""
             elif grouped and len(key) > len(prefix) and not inside.startswith(name):
                 yield from self._any_file(folder + name, key, key)
             elif len(key) <= longest:
@@ -1915,7 +1914,7 @@ class FileStore:
         try:
             for name in read_names(folder):
                 if not name.endswith("/"):
-                    yield base + name, 0, folder + name, group
+                    yield base + name, folder + name, group
                 elif len(base) <= MAX_KEY_BYTES:
                     yield from self._any_file(folder + name, base + name, group)
         except OSError as error:
