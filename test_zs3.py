@@ -962,10 +962,10 @@ def test_the_tests_own_signer_gives_the_signatures_that_aws_publishes(name: str)
         assert signer.trailer(line) == TRAILER_SIGNATURE
 
 
-def example_request(name: str) -> tuple[Any, dict[str, str]]:
-    """An example as a request that has arrived, and the secrets it is to be checked against."""
+def example_request(name: str, secret: str = EXAMPLE[2]) -> Any:
+    """An example as a request that has arrived, where the key's secret is `secret`."""
     example = AWS_EXAMPLES[name]
-    credential = zs3.Credential("admin", *EXAMPLE[1:])
+    credential = zs3.Credential("admin", EXAMPLE[1], secret)
     settings = zs3.Settings(credentials={credential.access: credential}, domain="s3.amazonaws.com")
     headers, query = dict(example.headers), example.query
     if name == "presigned GET":
@@ -978,7 +978,7 @@ def example_request(name: str) -> tuple[Any, dict[str, str]]:
         )
     request = zs3.Request(example.method, example.path, query, headers, settings)
     request.query = dict(zs3.split_query(query))
-    return request, {credential.access: credential.secret}
+    return request
 
 
 EXAMPLE_TIME = datetime.datetime(2013, 5, 24, tzinfo=datetime.timezone.utc).timestamp()
@@ -1001,15 +1001,15 @@ def test_zs3_signs_the_examples_of_aws_step_by_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", AWS_EXAMPLES)
 def test_zs3_accepts_the_examples_of_aws_at_their_time_and_at_no_other(name: str) -> None:
-    request, secrets = example_request(name)
-    assert zs3.authenticate(request, secrets, EXAMPLE_TIME).access == EXAMPLE[1]
+    request = example_request(name)
+    assert zs3.authenticate(request, EXAMPLE_TIME).access == EXAMPLE[1]
     with raises("AccessDenied" if name == "presigned GET" else "RequestTimeTooSkewed"):
-        zs3.authenticate(request, secrets, EXAMPLE_TIME + DAY + 1)
+        zs3.authenticate(request, EXAMPLE_TIME + DAY + 1)
     with raises("SignatureDoesNotMatch"):
-        zs3.authenticate(request, {EXAMPLE[1]: "another secret"}, EXAMPLE_TIME)
+        zs3.authenticate(example_request(name, "another secret"), EXAMPLE_TIME)
     request.path += "x"
     with raises("SignatureDoesNotMatch"):
-        zs3.authenticate(request, secrets, EXAMPLE_TIME)
+        zs3.authenticate(request, EXAMPLE_TIME)
 
 
 @pytest.mark.parametrize("name", CHUNK_SIGNATURES)
@@ -1032,9 +1032,9 @@ def test_zs3_reads_the_chunked_examples_of_aws(name: str, spoil: int) -> None:
     body += b"\r\n"
     if spoil >= 0:
         body = body[:spoil] + b"b" + body[spoil + 1 :]
-    request, secrets = example_request(name)
+    request = example_request(name)
     request.wire = zs3.WireBody(io.BytesIO(body), len(body))
-    request.body = zs3.open_body(request, zs3.authenticate(request, secrets, EXAMPLE_TIME))
+    request.body = zs3.open_body(request, zs3.authenticate(request, EXAMPLE_TIME))
     zs3.expect_checksums(request)
     if spoil >= 0:
         with raises("SignatureDoesNotMatch"):

@@ -784,9 +784,9 @@ def payload_hash(request: Request, auth: Authorization) -> str:
     return declared
 
 
-def authenticate(request: Request, known: Mapping[str, str], now: float) -> Authorization | None:
-    """Whose request this is, by its head alone: None when nobody signed it. `known` are the secrets
-    by access key, `now` is in seconds since the epoch. The S3Error of whatever does not hold."""
+def authenticate(request: Request, now: float) -> Authorization | None:
+    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
+    since the epoch. The S3Error of whatever does not hold."""
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
     if "AWSAccessKeyId" in request.query and not in_query:
         raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
@@ -798,14 +798,14 @@ def authenticate(request: Request, known: Mapping[str, str], now: float) -> Auth
         auth = authorization_from_query(request.query)
     else:
         auth = authorization_from_header(request)
-    secret = known.get(auth.access)
-    if secret is None:
+    credential = request.settings.credentials.get(auth.access)
+    if credential is None:
         raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=auth.access)
     if "x-amz-security-token" in request.headers or "X-Amz-Security-Token" in request.query:
         raise S3Error("InvalidToken")
     check_date(auth, now)
     check_signed_headers(request, auth)
-    check_signature(request, auth, signing_key(secret, auth.date, auth.region))
+    check_signature(request, auth, signing_key(credential.secret, auth.date, auth.region))
     return auth
 
 
@@ -3278,7 +3278,6 @@ class Service:
         self.store = store
         self.settings = settings
         self.ready = False  # for health checks: what was to be done at the start is done
-        self._secrets = {access: each.secret for access, each in settings.credentials.items()}
 
     def waits(self, request: Request) -> bool:
         """Whether the answer may take long, or wait for others; what peers ask does neither."""
@@ -3306,7 +3305,7 @@ class Service:
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
         if request.bucket == "_zs3" and request.path.startswith("/_zs3/"):
             return self.store.internal(request)
-        auth = authenticate(request, self._secrets, time.time())
+        auth = authenticate(request, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
         if auth is not None and auth.expires is not None:
             request.headers = headers_in_query(request.query) | request.headers
