@@ -674,6 +674,25 @@ def signature(key: bytes, text: str) -> str:
     return hmac.digest(key, text.encode(), "sha256").hex()
 
 
+@functools.lru_cache(maxsize=64)
+def parse_amz_date(amz_date: str) -> float:
+    """Seconds since the epoch of YYYYMMDDTHHMMSSZ; AccessDenied for anything else."""
+    with contextlib.suppress(ValueError):  # there is no such day or hour
+        if re.fullmatch(r"\d{8}T\d{6}Z", amz_date, re.ASCII):
+            return datetime.strptime(amz_date + "+0000", "%Y%m%dT%H%M%SZ%z").timestamp()
+    raise S3Error("AccessDenied", "The request needs a date of the form YYYYMMDDTHHMMSSZ.")
+
+
+def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
+    """Access key, date, region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
+    pieces = text.rsplit("/", 4)
+    if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
+        raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
+    if pieces[1] != amz_date[:8]:
+        raise S3Error(code, "The date of the Credential is not that of the request.")
+    return pieces[0], pieces[1], pieces[2]
+
+
 def authorization_from_header(request: Request) -> Authorization:
     """`Authorization: AWS4-HMAC-SHA256 Credential=..., SignedHeaders=..., Signature=...`"""
     method, _, rest = request.headers["authorization"].partition(" ")
@@ -706,25 +725,6 @@ def authorization_from_query(query: Mapping[str, str]) -> Authorization:
         raise S3Error(code, f"X-Amz-Expires must be between 1 and {MAX_PRESIGNED_SECONDS} seconds.")
     scope = credential_scope(credential, amz_date, code)
     return Authorization(*scope, amz_date, signed_headers, proof, seconds)
-
-
-def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
-    """Access key, date, region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
-    pieces = text.rsplit("/", 4)
-    if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
-        raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
-    if pieces[1] != amz_date[:8]:
-        raise S3Error(code, "The date of the Credential is not that of the request.")
-    return pieces[0], pieces[1], pieces[2]
-
-
-@functools.lru_cache(maxsize=64)
-def parse_amz_date(amz_date: str) -> float:
-    """Seconds since the epoch of YYYYMMDDTHHMMSSZ; AccessDenied for anything else."""
-    with contextlib.suppress(ValueError):  # there is no such day or hour
-        if re.fullmatch(r"\d{8}T\d{6}Z", amz_date, re.ASCII):
-            return datetime.strptime(amz_date + "+0000", "%Y%m%dT%H%M%SZ%z").timestamp()
-    raise S3Error("AccessDenied", "The request needs a date of the form YYYYMMDDTHHMMSSZ.")
 
 
 def check_date(auth: Authorization, now: float) -> None:
@@ -784,6 +784,26 @@ def payload_hash(request: Request, auth: Authorization) -> str:
     return declared
 
 
+def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
+    """SignatureDoesNotMatch, with all it takes to find out why, unless the signature holds."""
+    payload = payload_hash(request, auth)
+    texts = []
+    given = request.header("host")
+    for host in dict.fromkeys((given, given.partition(":")[0])):  # git-annex signs no port
+        headers = {**request.headers, "host": host}
+        line = (request.method, request.path, request.raw_query)
+        canonical = canonical_request(*line, headers, auth.signed_headers, payload)
+        texts.append((canonical, string_to_sign(auth.amz_date, auth.scope, canonical)))
+        if hmac.compare_digest(signature(key, texts[-1][1]).encode(), auth.signature.encode()):
+            return
+    canonical, text = texts[0]
+    raise S3Error(
+        "SignatureDoesNotMatch", AWSAccessKeyId=auth.access, StringToSign=text,
+        SignatureProvided=auth.signature, StringToSignBytes=text.encode().hex(" "),
+        CanonicalRequest=canonical, CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
+    )
+
+
 def authenticate(request: Request, now: float) -> Authorization | None:
     """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
     since the epoch. The S3Error of whatever does not hold."""
@@ -807,26 +827,6 @@ def authenticate(request: Request, now: float) -> Authorization | None:
     check_signed_headers(request, auth)
     check_signature(request, auth, signing_key(credential.secret, auth.date, auth.region))
     return auth
-
-
-def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
-    """SignatureDoesNotMatch, with all it takes to find out why, unless the signature holds."""
-    payload = payload_hash(request, auth)
-    texts = []
-    given = request.header("host")
-    for host in dict.fromkeys((given, given.partition(":")[0])):  # git-annex signs no port
-        headers = {**request.headers, "host": host}
-        line = (request.method, request.path, request.raw_query)
-        canonical = canonical_request(*line, headers, auth.signed_headers, payload)
-        texts.append((canonical, string_to_sign(auth.amz_date, auth.scope, canonical)))
-        if hmac.compare_digest(signature(key, texts[-1][1]).encode(), auth.signature.encode()):
-            return
-    canonical, text = texts[0]
-    raise S3Error(
-        "SignatureDoesNotMatch", AWSAccessKeyId=auth.access, StringToSign=text,
-        SignatureProvided=auth.signature, StringToSignBytes=text.encode().hex(" "),
-        CanonicalRequest=canonical, CanonicalRequestBytes=canonical.encode("latin-1").hex(" "),
-    )
 
 
 # ===== 6 Request bodies and checksums =====
@@ -1265,6 +1265,24 @@ def parse_algorithm(text: str) -> str:
     return algorithm
 
 
+def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
+    """A body in aws-chunked, told by x-amz-content-sha256: minio-go sends no Content-Encoding."""
+    key = b""
+    if payload == UNSIGNED_TRAILER:
+        auth = None
+    elif auth is None:
+        raise S3Error("AccessDenied", "Signed chunks need a signed request.")
+    else:
+        secret = request.settings.credentials[auth.access].secret
+        key = signing_key(secret, auth.date, auth.region)
+    declared = request.header("x-amz-decoded-content-length")
+    if not declared:
+        raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
+    size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
+    trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
+    return Body(AwsChunks(request.wire, trailer, auth, key), size)
+
+
 def open_body(request: Request, auth: Authorization | None) -> Body:
     """The body of a request as its headers declare it. Nothing is read yet, no digest is missed."""
     payload = request.header("x-amz-content-sha256") or UNSIGNED_PAYLOAD
@@ -1304,24 +1322,6 @@ def expect_checksums(request: Request) -> None:
     announced = parse_algorithm(request.header("x-amz-sdk-checksum-algorithm"))
     if announced and announced not in values:
         raise S3Error("InvalidRequest", "x-amz-sdk-checksum-algorithm without such a checksum.")
-
-
-def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
-    """A body in aws-chunked, told by x-amz-content-sha256: minio-go sends no Content-Encoding."""
-    key = b""
-    if payload == UNSIGNED_TRAILER:
-        auth = None
-    elif auth is None:
-        raise S3Error("AccessDenied", "Signed chunks need a signed request.")
-    else:
-        secret = request.settings.credentials[auth.access].secret
-        key = signing_key(secret, auth.date, auth.region)
-    declared = request.header("x-amz-decoded-content-length")
-    if not declared:
-        raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
-    size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
-    trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
-    return Body(AwsChunks(request.wire, trailer, auth, key), size)
 
 
 # ===== 7 Storage =====
@@ -1521,6 +1521,23 @@ def file_identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
+def read_names(path: str) -> Iterator[str]:
+    """The names in a directory that can be part of a key: files, and directories with a "/". A link
+    that leads nowhere may lead to either later, without a change of the directory: it is both."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                entry.name.encode()
+                if entry.is_dir():
+                    yield entry.name + "/"
+                elif entry.is_file():
+                    yield entry.name
+                elif entry.is_symlink():
+                    yield from (entry.name, entry.name + "/")
+            except (UnicodeEncodeError, OSError):
+                continue  # no key can say it; a link that leads to itself
+
+
 class DirectoryCache:
     """Sorted names of directories, trusted as long as the directory's mtime stays what it was. At
     most MAX_CACHED_NAMES names, the directories that were read longest ago going first."""
@@ -1560,23 +1577,6 @@ class DirectoryCache:
             while self._names > MAX_CACHED_NAMES:
                 _, (_, dropped) = self._entries.popitem(last=False)
                 self._names -= len(dropped) + DIRECTORY_NAMES
-
-
-def read_names(path: str) -> Iterator[str]:
-    """The names in a directory that can be part of a key: files, and directories with a "/". A link
-    that leads nowhere may lead to either later, without a change of the directory: it is both."""
-    with os.scandir(path) as entries:
-        for entry in entries:
-            try:
-                entry.name.encode()
-                if entry.is_dir():
-                    yield entry.name + "/"
-                elif entry.is_file():
-                    yield entry.name
-                elif entry.is_symlink():
-                    yield from (entry.name, entry.name + "/")
-            except (UnicodeEncodeError, OSError):
-                continue  # no key can say it; a link that leads to itself
 
 
 # For reading, without waiting for the writer of a FIFO.
