@@ -512,8 +512,7 @@ class Request:
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     """Method, path, query, version and headers of a request's head, which ends with an empty line.
     Repeated headers are joined by commas. Stricter than RFC 9112 wherever two readers could differ
-    on where a request ends: no folded lines, no blanks around a name, no bare CR or LF, one Host.
-    """
+    on the end of it: no folded lines, no blanks around a name, no bare CR or LF, one Host."""
     lines = head[:-4].decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -1461,8 +1460,7 @@ class Store(Protocol):
         condition: Condition,
     ) -> ObjectInfo:
         """Store the objects `parts` of UPLOADS, one after the other, described as in copy_object.
-        InvalidPart when one is not what its ETag says, NoSuchBucket, what Condition.check raises.
-        """
+        InvalidPart when one has another ETag, NoSuchBucket, what Condition.check raises."""
 
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
@@ -1747,8 +1745,7 @@ class FileStore:
     def _write_record(self, file: int, bucket: str, info: ObjectInfo) -> ObjectInfo:
         """Describe a finished temporary file by an extended attribute or, where the file system has
         none or no room in it, by a side file. Returns `info` with the file's time."""
-        # Our own clock: it is finer than the kernel's, and a network file system would set the time
-        # when it pleases.
+        # Our own clock: finer than the kernel's, and a network file system sets it when it likes.
         for now in itertools.count(time.time_ns(), 10**9):
             os.utime(file, ns=(now, now))
             status = os.fstat(file)
@@ -1890,8 +1887,8 @@ class FileStore:
     def _walk(
         self, folder: str, base: str, prefix: str, start: str, grouped: bool, longest: int
     ) -> Iterator[Found]:
-        """The files at or below `folder`, whose keys begin with `base`, as scan wants them.
-        `folder` ends with "/"."""
+        """The files below `folder`, a path with "/" behind it, as scan wants them. `base` is what
+        their keys begin with."""
         names = self._directories.names(folder)
         inside = start[len(base) :] if start.startswith(base) else ""
         head, slash, _ = inside.partition("/")
@@ -1983,8 +1980,7 @@ class FileStore:
                 self._remove(literal, bucket, key)
 
     def _remove(self, path: str, bucket: str, key: str) -> None:
-        """Unlink the file there, if there is one, what describes it, and the directories it leaves
-        empty."""
+        """Unlink the file there, if any, what describes it, and the directories it leaves empty."""
         try:
             status = file_status(path)
             os.unlink(path)
@@ -2430,8 +2426,7 @@ def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def kept_headers(info: ObjectInfo) -> dict[str, str]:
-    """The headers that an object keeps; the type of a file that was copied in is that of its name,
-    unless it is packed."""
+    """The headers an object keeps; a copied-in file has the type of its name, unless packed."""
     if not info.etag.endswith("-0"):
         return info.headers
     kind, packed = MIME_TYPES.guess_type("./" + info.key)  # "./": no name is taken for a URL
@@ -2711,8 +2706,7 @@ def listing(
 
 
 def list_object_versions(store: Store, request: Request) -> Response:
-    """GET /bucket?versions: the one version that each key has, which is called null. Tools that
-    empty a bucket ask so."""
+    """GET /bucket?versions: each key has one, called null. Tools that empty a bucket ask so."""
     query = ListQuery(request, "max-keys")
     marker = request.query.get("key-marker", "")
     page = query.page(store, start_after(marker, query.prefix, query.delimiter))
@@ -3807,8 +3801,7 @@ class Server(ThreadingHTTPServer):
             self._close(connection)
 
     def leave(self, connection: Connection) -> bool:
-        """The request of this connection is going to wait: end its turn. False: there is no thread
-        to go on."""
+        """This connection's request is going to wait: end its turn. False: no thread can go on."""
         with self._lock:
             if self._turn.connection is connection:
                 if not self._has_spare():
@@ -3824,8 +3817,7 @@ class Server(ThreadingHTTPServer):
         self.shutdown_request(connection.socket)
 
     def service_actions(self) -> None:
-        """Called by serve_forever now and then: end a turn that lasts for too long, and connections
-        that have been silent for too long."""
+        """End a turn that lasts for too long, and connections that are silent for too long."""
         busy, now = self._turn.connection, time.monotonic()
         if busy is not None and now > self._turn.ends:
             self.leave(busy)
@@ -3874,8 +3866,7 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection. When there are too many, one that is silent has to go, or else this
-        one is told SlowDown."""
+        """With too many connections, a silent one has to go, or this one is told SlowDown."""
         if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
             return self._refuse(request)
         connection = Connection(request, client_address, self)
@@ -3914,8 +3905,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
 
     def finish(self) -> None:
-        """Accept what connections were made, and no more, and answer all that has come, for
-        SHUTDOWN_SECONDS at most."""
+        """Accept what connections were made, answer what has come; for SHUTDOWN_SECONDS at most."""
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         for _ in range(BACKLOG):
             if has_come([self]) and time.monotonic() < deadline:
