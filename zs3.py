@@ -3488,6 +3488,7 @@ class Connection(BaseRequestHandler):
     server: Server
     patient: bool  # does its thread wait where it has to?
     waited = 0.0  # monotonic; when it last had to
+    busy = False  # with a request, from before it is read until it is answered
 
     def setup(self) -> None:
         """Prepare to read it, at first without waiting. Later, time-outs are the kernel's, which
@@ -3502,18 +3503,18 @@ class Connection(BaseRequestHandler):
         self.waits_since = time.monotonic()  # for its next request's head; infinity: it does not
 
     def answer_next(self) -> bool:
-        """Answer a request, which is under way before it is read: Server.finish() shall not miss
-        it. Whether the connection is good for another."""
+        """Answer a request. Whether the connection is good for another."""
+        self.busy = True
         self.waits_since = time.monotonic()  # for the rest of its head
         try:
-            with self.server.under_way():
-                return self._answer_next()
+            return self._answer_next()
         except Gone:
             LOG.debug("%s went away", self.client_address[0])
         except BaseException:  # a panic of a library, too
             self.server.handle_error(self.request, self.client_address)
         finally:
             self.waits_since = time.monotonic()
+            self.busy = False
         return False
 
     def end(self) -> None:
@@ -3719,7 +3720,6 @@ class Server(ThreadingHTTPServer):
         self.stopping = self._closed = False
         self._selector = selectors.DefaultSelector()  # connections without a thread of their own
         self._lock = threading.Lock()  # guards what follows
-        self._under_way = 0  # requests
         self._connections: set[Connection] = set()
         self._turn = Turn()
         self._spare = 0  # threads that could take a turn
@@ -3827,17 +3827,6 @@ class Server(ThreadingHTTPServer):
                 if now - connection.waits_since > SOCKET_SECONDS:
                     connection.end()
 
-    @contextlib.contextmanager
-    def under_way(self) -> Iterator[None]:
-        """A request is being answered: finish() waits for it."""
-        with self._lock:
-            self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._under_way -= 1
-
     def _accept(self) -> None:
         """Take the next connection, if it is still there."""
         try:
@@ -3921,11 +3910,12 @@ class Server(ThreadingHTTPServer):
         self._closed = True
 
     def _is_busy(self) -> bool:
-        """Whether any request has come that is not answered yet. It is under way before it is read,
-        so this is looked at last."""
+        """Whether any request has come that is not answered yet. Looked at in the order in which
+        it passes: on the wire, received, read by a connection that is busy before it reads."""
         connections = list(self._connections)
-        waiting = any(each.wire.buffered() for each in connections) or has_come(connections)
-        return waiting or self._under_way > 0
+        if has_come(connections):
+            return True
+        return any(each.wire.buffered() or each.busy for each in connections)
 
 
 # ===== 12 Command line =====
