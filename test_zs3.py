@@ -7860,18 +7860,31 @@ def test_a_key_that_was_only_promised_keeps_the_floor_of_its_bucket() -> None:
     assert [get(node) for node in nodes] == ["", "", ""]
 
 
+def mark_for_deletion(at: SimCluster) -> None:
+    """The first half of a deletion of the bucket, which then dies."""
+
+    def close(bucket: Any) -> Any:
+        return {"id": "9" * 16, "bucket": {**bucket["bucket"], "state": "deleting"}}
+
+    at.run(at.rounds.change("bucket", "", close))
+
+
 def test_an_object_can_be_read_after_a_deletion_of_its_bucket_died() -> None:
     net, nodes = owners(3)
     first, second, third = nodes
     without(net, third, lambda: put(first, OLD))
-    mark = {"id": "9" * 16}
-
-    def close(bucket: Any) -> Any:
-        return {**mark, "bucket": {**bucket["bucket"], "state": "deleting"}}
-
-    first.run(first.rounds.change("bucket", "", close))
+    mark_for_deletion(first)
     net.down = {first.own.node}
     assert get(second) == get(third) == OLD
+
+
+def test_an_object_can_be_written_after_a_deletion_of_its_bucket_died() -> None:
+    _net, (one, other, _) = owners(3)
+    mark_for_deletion(one)
+    put(other, OLD)
+    assert get(one) == OLD
+    record = one.run(one.rounds.bucket("bucket"))
+    assert record is not None and record["bucket"]["state"] == "open"
 
 
 def test_what_a_new_owner_pulled_is_no_vote() -> None:

@@ -1860,14 +1860,6 @@ Answers = Mapping[int, Message]  # {"failed": true} from a node that gave none
 Steps = Generator["Ask | Pause", Answers, T]
 
 
-class BucketClosing(S3Error):
-    """The bucket is marked for deletion; `mark` is the id of the value that says so."""
-
-    def __init__(self, mark: str) -> None:
-        super().__init__("SlowDown", "The bucket is just being deleted.")
-        self.mark = mark
-
-
 class Top(NamedTuple):
     """What answers say of a register: the highest accepted, and whether that is surely chosen."""
 
@@ -2075,11 +2067,12 @@ class Change:
             if self.bucket_value is None and error:  # nothing can be in a bucket that is gone
                 value = grave
                 error = None if self.rewrites else error
-            if live(value) and self.bucket_value and not is_open(self.bucket_value):
-                # Its owners take no object. Whoever marked it may have died: take the mark back.
-                yield Pause(CLOSING_SECONDS)
-                yield from self.rounds.reopen(self.bucket, self.bucket_value["id"])
-                return None
+        if live(value) and self.bucket_value and not is_open(self.bucket_value):
+            # Its owners take no object. Somebody is deleting it, or died while doing so: after a
+            # while, take the mark back.
+            yield Pause(CLOSING_SECONDS)
+            yield from self.rounds.reopen(self.bucket, self.bucket_value["id"])
+            return None
         accepted = yield from self._accept(groups, place, value, basis)
         return self._answer(value, error) if accepted else None
 
@@ -2109,9 +2102,7 @@ class Change:
             return None
         return (top.accepted, True, top.value) if top.value else None
 
-    def _decided(
-        self, top: Top, reason: S3Error | None
-    ) -> tuple[Value | None, S3Error | None]:
+    def _decided(self, top: Top, reason: S3Error | None) -> tuple[Value | None, S3Error | None]:
         """(value to write or None to leave it, error to raise once that is settled)."""
         if self.mine is not None and top.value and top.value["id"] == self.mine["id"]:
             return (None if top.settled else top.value), None
@@ -2130,8 +2121,6 @@ class Change:
         except S3Error as error:
             return None, error
         value = value and {**value, "base": self.base}
-        if live(value) and not is_open(self.bucket_value):
-            return None, BucketClosing(self.bucket_value["id"])
         self.mine = value or self.mine
         return value, None
 
@@ -3002,18 +2991,8 @@ class DistributedStore:
                 raise S3Error("SlowDown", "This node was forgotten meanwhile. Send it again.")
             return value
 
-        def change() -> Value:
-            steps = self.rounds.change(bucket, key, decide, proviso=proviso)
-            return cast(Value, self._run(steps))
-
-        try:
-            written = change()
-        except BucketClosing as closing:
-            # Somebody is deleting the bucket, or died while doing so: after a while, unmark it.
-            time.sleep(CLOSING_SECONDS)
-            self._run(self.rounds.reopen(bucket, closing.mark))
-            written = change()
-        return info_of(key, written)
+        written = self._run(self.rounds.change(bucket, key, decide, proviso=proviso))
+        return info_of(key, cast(Value, written))
 
     def copy_object(
         self, info: ObjectInfo, content: zs3.Content, bucket: str, key: str, condition: Condition
