@@ -9609,9 +9609,9 @@ def test_without_a_network_it_is_said_that_others_need_another_address(
 
 def test_a_job_may_rest_for_longer_than_the_machine_can_wait(lonely: Lonely) -> None:
     done = threading.Event()
-    job = zs3_dist.Job(lonely.store, done.set, 1e12)
-    thread = threading.Thread(target=job, daemon=True)
-    thread.start()
+    lonely.store.jobs = [(done.set, 1e12)]
+    lonely.store.start()
+    [thread] = [each for each in threading.enumerate() if each.name == "zs3-set"]
     assert done.wait(5)
     thread.join(0.05)
     assert thread.is_alive()

@@ -2801,14 +2801,31 @@ class DistributedStore:
         self.cluster, self.seal = cluster, seal
         self.lock = lock  # of the data folder
         self.node, self.rounds = cluster.node, cluster.rounds
-        self.jobs: list[Callable[[], None]] = []  # what runs in the background; sections 9 and 10
+        # Steps of background jobs (9, 10), and the seconds between two runs of each.
+        self.jobs: list[tuple[Callable[[], None], float]] = []
         self.closing = threading.Event()
         # What the background jobs did, for ping.
         self.counts = collections.Counter(repairs=0, healed=0, collected=0, buried=0, pulled=0)
 
     def start(self) -> None:
         for job in self.jobs:
-            threading.Thread(target=job, name=f"zs3-{job.__name__}", daemon=True).start()
+            name = f"zs3-{job[0].__name__}"
+            threading.Thread(target=self._repeat, args=job, name=name, daemon=True).start()
+
+    def _repeat(self, step: Callable[[], None], interval: float) -> None:
+        """A background job: the step, again and again, until the store is closed."""
+        while not self.closing.is_set():
+            try:
+                step()
+            except (S3Error, StaleView) as error:
+                LOG.debug("%s: %s", step.__name__, error)  # too few peers: next time, then
+            except OSError as error:
+                LOG.warning("%s: %s", step.__name__, error)  # a full disk: next time, then
+            except Exception:
+                if self.closing.is_set():
+                    return  # the registers were closed under it
+                LOG.exception("%s", step.__name__)
+            self.closing.wait(min(interval, threading.TIMEOUT_MAX))
 
     def close(self) -> None:
         self.closing.set()
@@ -3209,8 +3226,8 @@ def read_body(request: zs3.Request, limit: int) -> bytearray:
 
 
 class Housekeeping:
-    """The jobs of one node that keep what is stored as it should be. Each method is one bounded
-    step of a job, called by `Job` at its interval."""
+    """The jobs of one node that keep what is stored as it should be: each method without arguments
+    is one bounded step of a job."""
 
     def __init__(self, store: DistributedStore, grace: float, tombstone_grace: float) -> None:
         self.store, self.cluster, self.node = store, store.cluster, store.node
@@ -3462,29 +3479,6 @@ class Housekeeping:
             LOG.info("block %s was healed", block)
         except S3Error as error:
             LOG.warning("block %s could not be healed: %s", block, error)
-
-
-class Job:
-    """Calls a step again and again, `interval` seconds apart, until the store is closed."""
-
-    def __init__(self, store: DistributedStore, step: Callable[[], None], interval: float) -> None:
-        self.store, self.step = store, step
-        self.interval = min(interval, threading.TIMEOUT_MAX)
-        self.__name__ = step.__name__
-
-    def __call__(self) -> None:
-        while not self.store.closing.is_set():
-            try:
-                self.step()
-            except (S3Error, StaleView) as error:
-                LOG.debug("%s: %s", self.__name__, error)  # too few peers: next time, then
-            except OSError as error:
-                LOG.warning("%s: %s", self.__name__, error)  # a full disk: next time, then
-            except Exception:
-                if self.store.closing.is_set():
-                    return  # the registers were closed under it
-                LOG.exception("%s", self.__name__)
-            self.store.closing.wait(self.interval)
 
 
 # ===== 10 Joining and discovery =====
@@ -3959,7 +3953,8 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
         store, args.bootstrap, args.replicas, max(FORGET_ROUNDS * gossip, args.tombstone_grace),
         args.discover, int(gone, 16) if gone else None,
     )
-    steps: list[tuple[Callable[[], None], float]] = [
+    store.jobs = [
+        (store.node.blocks.recount, math.inf),
         (member.join, 0.5),
         (member.settle, 0.3),
         (member.gossip, gossip),
@@ -3971,7 +3966,6 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
         (keep.scrub, SCRUB_ROUNDS * gossip),
     ]
     if args.discover:
-        steps += [(member.announce, DISCOVERY_SECONDS), (member.listen, 1.0)]
+        store.jobs += [(member.announce, DISCOVERY_SECONDS), (member.listen, 1.0)]
     if args.forget:
-        steps.append((member.obey, 1.0))
-    store.jobs = [store.node.blocks.recount, *(Job(store, *step) for step in steps)]
+        store.jobs.append((member.obey, 1.0))
