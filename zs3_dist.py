@@ -2554,7 +2554,7 @@ class Cluster:
         others = [contact for contact in order if contact != self.own]
         stored: list[Contact] = []
         if held < wanted:
-            stored = self._store_out(block, data, others, wanted - held, least - held)
+            stored = self.store_out(block, data, others, wanted - held, least - held)
         if held + len(stored) < least:
             raise slow_down((tuple(order),), set(others) - set(stored), "write")
         for contact in stored:
@@ -2568,7 +2568,7 @@ class Cluster:
             return False
         return True
 
-    def _store_out(
+    def store_out(
         self, block: str, data: bytes, others: Sequence[Contact], wanted: int, least: int
     ) -> list[Contact]:
         """Ask `wanted` of the others at once, and more for those that fail, in order. Once `least`
@@ -3431,23 +3431,19 @@ class Housekeeping:
             wanted = [contact for contact in order if contact.node in answered][: view.replicas]
             holding = [contact for contact in order if contact.node in there[block]]
             if holding[:1] == [own]:
-                for contact in wanted:
-                    if contact not in holding:
-                        self._push(block, contact)
+                self._push(block, [contact for contact in wanted if contact not in holding])
             regular = order[: view.replicas]
             if own not in regular and all(contact in holding for contact in regular):
                 self.blocks.remove(block, touched[block])
         if announce:
             self._announce(blocks)
 
-    def _push(self, block: str, contact: Contact) -> None:
-        data = self.blocks.get(block)
-        if data is None:
-            return
-        question = Question(contact, f"store/{block}", data)
-        replies = self.cluster.peers.ask([question], bool, 1, BLOCK_SECONDS)
-        if replies.get(contact.node, Reply(0)).status == 200:
-            self.store.counts["repairs"] += 1
+    def _push(self, block: str, contacts: Sequence[Contact]) -> None:
+        data = self.blocks.get(block) if contacts else None
+        if data is not None:
+            count = len(contacts)
+            stored = self.cluster.store_out(block, data, contacts, count, count)
+            self.store.counts["repairs"] += len(stored)
 
     def _announce(self, blocks: Sequence[str]) -> None:
         """Tell the nodes nearest to each block that this node holds it. (Kademlia, 2.5)"""
