@@ -8603,8 +8603,7 @@ def test_provider_records_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch
     providers.add("a" * 64, holder, 0.0)
     assert providers.get("a" * 64, 86399.0) == [holder]
     assert providers.get("a" * 64, 86400.0) == []
-    assert providers.expire(86400.0) == 1
-    monkeypatch.setattr(zs3_dist, "MAX_PROVIDERS", 10)
+    monkeypatch.setattr(zs3_dist, "MAX_PROVIDED", 10)
     for i in range(20):
         providers.add(f"{i:064x}", holder, 1.0)
     assert [bool(providers.get(f"{i:064x}", 2.0)) for i in range(20)] == [False] * 10 + [True] * 10

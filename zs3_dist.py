@@ -90,7 +90,7 @@ LOOKUP_WIDTH = 3  # alpha (Kademlia, 2.3)
 REFRESH_SECONDS = 3600.0  # a k-bucket not heard from is looked up (Kademlia, 2.3)
 PROVIDER_SECONDS = 86400.0  # a provider record lives so long (Kademlia, 2.5)
 REPUBLISH_SECONDS = 3600.0  # and is announced anew so often: nodes come and go (Kademlia, 2.5)
-MAX_PROVIDERS = 50_000  # provider records kept; the oldest go first
+MAX_PROVIDED = 20_000  # blocks whose provider records are kept; those not announced lately go
 
 BLOCK_BYTES = 1 << 20  # small, so that dozens of clients' blocks in flight fit in 80 MB
 INLINE_BYTES = 4096  # a body up to this travels in its record
@@ -925,39 +925,22 @@ class Providers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _records
-        self._records: dict[tuple[str, int], tuple[Contact, float]] = {}  # oldest first
-        self._holders: dict[str, set[int]] = {}
+        # By block, the one announced longest ago first, and node.
+        self._records: dict[str, dict[int, tuple[Contact, float]]] = {}
 
     def add(self, block: str, holder: Contact, now: float) -> None:
         """`holder` announced `block`."""
         with self._lock:
-            self._records.pop((block, holder.node), None)
-            self._records[block, holder.node] = (holder, now)
-            self._holders.setdefault(block, set()).add(holder.node)
-            if len(self._records) > MAX_PROVIDERS:
-                self._forget(next(iter(self._records)))
+            known = self._records.pop(block, {})
+            self._records[block] = {**known, holder.node: (holder, now)}
+            if len(self._records) > MAX_PROVIDED:
+                del self._records[next(iter(self._records))]
 
     def get(self, block: str, now: float) -> list[Contact]:
         """Holders of `block` announced within PROVIDER_SECONDS."""
         with self._lock:
-            records = [self._records[block, node] for node in self._holders.get(block, ())]
+            records = self._records.get(block, {}).values()
         return [holder for holder, since in records if now - since < PROVIDER_SECONDS]
-
-    def expire(self, now: float) -> int:
-        """Forget what is older than PROVIDER_SECONDS. Returns how many records that were."""
-        with self._lock:
-            records = self._records.items()
-            old = [place for place, (_, since) in records if now - since >= PROVIDER_SECONDS]
-            for place in old:
-                self._forget(place)
-        return len(old)
-
-    def _forget(self, place: tuple[str, int]) -> None:
-        block, node = place
-        del self._records[place]
-        self._holders[block].discard(node)
-        if not self._holders[block]:
-            del self._holders[block]
 
 
 # ===== 6 Blocks =====
@@ -3789,7 +3772,6 @@ class Membership:
                     self.node.table.failed(contact)
         for target in targets:
             self.cluster.find(target)
-        self.node.providers.expire(self.node.clock())
 
     def probe(self) -> None:
         """hello to members that did not answer lately, so that no client's request finds out."""
