@@ -359,10 +359,9 @@ def bucket_record_field(raw: Any) -> Any:
     return raw
 
 
-def view_field(raw: Any) -> Any:
+def view_field(raw: Any) -> View:
     """View.as_json()."""
-    View.from_json(raw)
-    return raw
+    return View.from_json(raw)
 
 
 VALUE_FIELDS: dict[str, Check] = {
@@ -2238,9 +2237,9 @@ class Node:
             "views": self.registers.views_after(epoch),
         }
 
-    def on_views(self, views: list[Any]) -> Message:
+    def on_views(self, views: list[View]) -> Message:
         """Newer views were decided."""
-        self.registers.adopt(map(View.from_json, views))
+        self.registers.adopt(views)
         return {"done": True}
 
     def on_find(self, target: str) -> Message:
