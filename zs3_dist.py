@@ -3493,17 +3493,13 @@ class Membership:
             return self.cluster.joined.clear()
         if not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
-        if member == self.node.own:
-            if not self.cluster.joined.is_set():
-                # It may have been forgotten meanwhile: ask before answering anybody.
-                self._hello_all(view)
-            self.cluster.check_membership()
-            if len(view.members) == 1:
-                self._merge(view)
-        else:
-            if member is None or len(view.members) > 1:  # else it is alone, at a new address
-                self._hello_all(view)
-            self._enter()
+        if member != self.node.own or not self.cluster.joined.is_set():
+            self._hello_all(view)  # it may have been forgotten: ask before answering anybody
+        if member != self.node.own:
+            return self._enter()
+        self.cluster.check_membership()
+        if len(view.members) == 1:
+            self._merge(view)
 
     def _is_elsewhere(self, address: str) -> bool:
         """Does a node with our id answer at `address`, where the view has it, and say that it is
