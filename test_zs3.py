@@ -8497,13 +8497,16 @@ class Simulated:
         for index in range(zs3_dist.bucket_index(contact.node, neighbour.node), 160):
             self.find(contact, contact.node ^ (1 << index) ^ self.pick.getrandbits(index))
 
-    def ask(self, asker: Contact, to: Contact, target: int) -> list[Contact] | None:
-        if to.node in self.dead:
-            self.tables[asker.node].failed(to)
-            return None
-        self.tables[to.node].seen(asker, self.now)
-        self.tables[asker.node].seen(to, self.now)
-        return self.tables[to.node].closest(target)
+    def ask(self, asker: Contact, those: list[Contact], target: int) -> dict[int, list[Contact]]:
+        answers = {}
+        for to in those:
+            if to.node in self.dead:
+                self.tables[asker.node].failed(to)
+                continue
+            self.tables[to.node].seen(asker, self.now)
+            self.tables[asker.node].seen(to, self.now)
+            answers[to.node] = self.tables[to.node].closest(target)
+        return answers
 
     def find(self, asker: Contact, target: int) -> tuple[list[Contact], int]:
         """The result of a lookup and how many rounds it took."""
@@ -8513,7 +8516,7 @@ class Simulated:
             todo = next(steps)
             while True:
                 rounds += 1
-                todo = steps.send({to.node: self.ask(asker, to, target) for to in todo})
+                todo = steps.send(self.ask(asker, todo, target))
         except StopIteration as end:
             return end.value, rounds
 
@@ -8549,8 +8552,8 @@ def find_providers(network: Simulated, asker: Contact, block: str) -> list[Conta
     try:
         todo = next(steps)
         while True:
-            answers = {to.node: network.ask(asker, to, target) for to in todo}
-            for node in (node for node, answer in answers.items() if answer is not None):
+            answers = network.ask(asker, todo, target)
+            for node in answers:
                 if found := network.providers[node].get(block, network.now):
                     return found
             todo = steps.send(answers)

@@ -890,12 +890,12 @@ class Exchange:
 
 # ===== 5 Lookups and providers =====
 
-Lookup = Generator[list[Contact], Mapping[int, "list[Contact] | None"], list[Contact]]
+Lookup = Generator[list[Contact], Mapping[int, list[Contact]], list[Contact]]
 
 
 def lookup(target: int, start: Iterable[Contact], own: int) -> Lookup:
     """Find the k live nodes nearest to `target`, nearest first. (Kademlia, 2.3) A generator: yields
-    the contacts to ask in a round, is sent {node: contacts it knows, None if it did not answer},
+    the contacts to ask in a round, is sent {node: contacts it knows} of those that answered,
     returns the result. LOOKUP_WIDTH are asked in a round; once a round brought nobody nearer, all
     of the nearest that were not asked yet."""
     known = {contact.node: contact for contact in start if contact.node != own}
@@ -908,13 +908,12 @@ def lookup(target: int, start: Iterable[Contact], own: int) -> Lookup:
             return best
         asked |= {contact.node for contact in todo}
         answers = yield todo
-        for node, found in answers.items():
-            if found is None:
-                known.pop(node, None)
-                continue
-            for contact in found:
-                if contact.node != own and contact.node not in asked:
-                    known.setdefault(contact.node, contact)
+        for contact in todo:
+            if contact.node not in answers:
+                del known[contact.node]
+        for contact in itertools.chain.from_iterable(answers.values()):
+            if contact.node != own and contact.node not in asked:
+                known.setdefault(contact.node, contact)
         after = nearest(known.values(), target, 1)
         width = LOOKUP_WIDTH if after[:1] != best[:1] else CONTACTS_PER_BUCKET
 
@@ -2207,6 +2206,11 @@ class Node:
             if oldest is not None:
                 self.to_ping[oldest.node] = oldest
 
+    def missed(self, contact: Contact) -> None:
+        """`contact` did not answer."""
+        with self.table_lock:
+            self.table.failed(contact)
+
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
         """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
         epoch, and what is answered, are one step: meanwhile no other view is entered, and no
@@ -2465,8 +2469,9 @@ class Cluster:
         questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
         replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS, meanwhile=meanwhile)
         for contact in contacts:
-            if contact.node and replies.get(contact.node, Reply(0)).status:
-                self.node.saw(contact)
+            if contact.node and contact.node in replies:
+                note = self.node.saw if replies[contact.node].status else self.node.missed
+                note(contact)
         return replies
 
     def call_all(
@@ -2508,17 +2513,10 @@ class Cluster:
                 said = [raw for one in answers.values() for raw in one.get("providers", ())]
                 if said:
                     return list(map(contact_field, said))
-                todo = steps.send({c.node: self._known(c, answers.get(c.node)) for c in todo})
+                known = {c: list(map(contact_field, one["contacts"])) for c, one in answers.items()}
+                todo = steps.send(known)
         except StopIteration:
             return []
-
-    def _known(self, contact: Contact, answer: Message | None) -> list[Contact] | None:
-        """Whom `contact` answers that it knows. None without an answer, which is noted."""
-        if answer is not None:
-            return [contact_field(raw) for raw in answer["contacts"]]
-        with self.node.table_lock:
-            self.node.table.failed(contact)
-        return None
 
     # Blocks between nodes.
 
@@ -3760,11 +3758,7 @@ class Membership:
         with self.node.table_lock:
             doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
             targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
-        there = self.cluster.call_all("hello", {"epoch": view.epoch}, doubted)
-        with self.node.table_lock:
-            for contact in doubted:
-                if contact.node not in there:
-                    self.node.table.failed(contact)
+        self.cluster.tell("hello", {"epoch": view.epoch}, doubted)  # notes who does not answer
         for target in targets:
             self.cluster.find(target)
 
