@@ -2862,26 +2862,26 @@ class DistributedStore:
         that have it, also a majority, show at least one that holds it. The mark is removed if there
         is one; and if this node dies on the way, by who next wants to write an object there. Only
         while the mark is ours does the tombstone replace it."""
-        mark = {"id": secrets.token_hex(8)}
+        mark = secrets.token_hex(8)
 
         def close(current: Value | None) -> Value | None:
             if current is None:
                 raise S3Error("NoSuchBucket", BucketName=bucket)
-            return {**mark, "bucket": {**current["bucket"], "state": "deleting"}}
+            return {"id": mark, "bucket": {**current["bucket"], "state": "deleting"}}
 
-        marked = self._run(self.rounds.change(bucket, "", close))
+        self._run(self.rounds.change(bucket, "", close))
         empty = False
         try:
-            empty = next(self._entries(bucket, "", "", "/", False, marked), None) is None
+            empty = next(self._entries(bucket, "", "", "/", False, mark), None) is None
         finally:
             if not empty:
-                self._run(self.rounds.reopen(bucket, mark["id"]))
+                self._run(self.rounds.reopen(bucket, mark))
         if not empty:
             raise S3Error("BucketNotEmpty", BucketName=bucket)
         grave = tombstone()
 
         def bury(current: Value | None) -> Value | None:
-            if current is None or current["id"] != mark["id"]:
+            if current is None or current["id"] != mark:
                 raise S3Error("SlowDown", "Somebody else is changing the bucket.")
             return grave
 
@@ -3025,18 +3025,17 @@ class DistributedStore:
             self.stat_bucket(bucket)
 
     def _entries(
-        self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool,
-        marked: Value | None = None,
+        self, bucket: str, prefix: str, start: str, delimiter: str, whole: bool, mark: str = ""
     ) -> Iterator[Entry]:
-        """Live entries in key order; with their tails if `whole`. If `marked`, only owners that
+        """Live entries in key order; with their tails if `whole`. With a `mark`, only owners that
         have accepted that as the bucket's record are asked."""
         position: str | None = start
         while position is not None:
             fields = {
                 "bucket": bucket, "prefix": prefix, "start": position, "delimiter": delimiter,
-                "whole": whole, "mark": marked["id"] if marked else "",
+                "whole": whole, "mark": mark,
             }
-            quorum = change_quorum if marked else read_quorum
+            quorum = change_quorum if mark else read_quorum
             pages = self._settled_pages(bucket, fields, quorum)
             found, position = merge_pages(pages, prefix, delimiter)
             yield from found
