@@ -3769,25 +3769,22 @@ class Membership:
 
     # --- Discovery on the local network ---
 
-    def announce(self) -> None:
-        """Tell the multicast group where this node is, with proof that it is of this cluster."""
+    def discover(self) -> None:
+        """Tell the multicast group where this node is, with proof that it is of this cluster, and
+        hear the others say so, until the store is closed."""
         text = pack(self.node.own.as_json())
         packet = self.store.seal.mark(text) + text
-        with multicast_socket(self.node.own.address) as sender:
-            sender.sendto(packet, DISCOVERY_GROUP)
-
-    def listen(self) -> None:
-        """Hear the others' announcements, until the store is closed."""
-        own_host = self.node.own.address.rpartition(":")[0]
-        with multicast_socket(self.node.own.address) as receiver:
-            receiver.bind(("", DISCOVERY_GROUP[1]))
-            group = socket.inet_aton(DISCOVERY_GROUP[0]) + socket.inet_aton(interface_of(own_host))
-            receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
-            receiver.settimeout(1.0)
+        due = 0.0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as group:
+            join_group(group, interface_of(self.node.own.address.rpartition(":")[0]))
+            group.settimeout(DISCOVERY_SECONDS / 2)
             while not self.store.closing.is_set():
+                if time.monotonic() >= due:
+                    group.sendto(packet, DISCOVERY_GROUP)
+                    due = time.monotonic() + DISCOVERY_SECONDS
                 # Nothing was heard, or no packet of ours.
                 with contextlib.suppress(TimeoutError, ValueError):
-                    self._heard_packet(receiver.recv(1024))
+                    self._heard_packet(group.recv(1024))
 
     def _heard_packet(self, packet: bytes) -> None:
         if hmac.compare_digest(self.store.seal.mark(packet[32:]), packet[:32]):
@@ -3805,14 +3802,14 @@ def interface_of(host: str) -> str:
         return cast(str, probe.getsockname()[0])
 
 
-def multicast_socket(address: str) -> socket.socket:
-    """A UDP socket that multicasts by the interface of `address`, to this machine too."""
-    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def join_group(one: socket.socket, interface: str) -> None:
+    """Send to the multicast group, and hear it, by that interface; on this machine, too."""
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    interface = socket.inet_aton(interface_of(address.rpartition(":")[0]))
-    one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(interface))
     one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
-    return one
+    one.bind(("", DISCOVERY_GROUP[1]))
+    both = socket.inet_aton(DISCOVERY_GROUP[0]) + socket.inet_aton(interface)
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, both)
 
 
 # ===== 11 Opening =====
@@ -3932,6 +3929,6 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
         (keep.scrub, SCRUB_ROUNDS * gossip),
     ]
     if args.discover:
-        store.jobs += [(member.announce, DISCOVERY_SECONDS), (member.listen, 1.0)]
+        store.jobs.append((member.discover, 1.0))
     if args.forget:
         store.jobs.append((member.obey, 1.0))
