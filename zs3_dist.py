@@ -682,12 +682,12 @@ class Peers:
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
         with self._lock:
-            owed = self._owed.pop(address, None)
-        if owed:
-            self._look(owed)
+            owed = self._owed.pop(address, ())
+        for call in owed:
+            if not self._finished(call):
+                self.later(call)
         with self._lock:
-            idle = self._idle.get(address)
-            if idle:
+            if idle := self._idle.get(address):
                 return idle.pop()
         return Link(address)
 
@@ -706,19 +706,12 @@ class Peers:
         with self._lock:
             self._owed.setdefault(call.to.address, []).append(call)
 
-    def _look(self, calls: Sequence[Call]) -> None:
+    def _finished(self, call: Call) -> bool:
+        """Move one late call on, without waiting; True when it is over."""
         poller = select.poll()
-        for call in calls:
-            poller.register(call.link.socket, call.link.events())
-        ready = {fd for fd, _ in poller.poll(0)}
-        for call in calls:
-            if not self._finished(call, ready):
-                self.later(call)
-
-    def _finished(self, call: Call, ready: Collection[int]) -> bool:
-        """Move one late call on; True when it is over."""
+        poller.register(call.link.socket, call.link.events())
         try:
-            if call.link.socket.fileno() in ready:
+            if poller.poll(0):
                 reply = call.link.pump()
                 if reply is None:
                     call.deadline = time.monotonic() + CONNECT_SECONDS  # nobody looked before
