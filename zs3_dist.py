@@ -2525,9 +2525,7 @@ class Cluster:
         least = min(2, wanted)
         held = int(self.own in order[:wanted] and self._store_here(block, data))
         others = [contact for contact in order if contact != self.own]
-        stored: list[Contact] = []
-        if held < wanted:
-            stored = self.store_out(block, data, others, wanted - held, least - held)
+        stored = self.store_out(block, data, others, wanted - held, least - held)
         if held + len(stored) < least:
             raise slow_down((tuple(order),), set(others) - set(stored), "write")
         for contact in stored:
