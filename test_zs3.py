@@ -7109,7 +7109,8 @@ class StubBlocks:
 
 
 class StubPeers:
-    def __init__(self) -> None:
+    def __init__(self, own: Contact) -> None:
+        self.seal = zs3_dist.Seal(own, "secret")
         self.moved: dict[Contact, Contact] = {}
 
     def skipped(self, node: int) -> bool:
@@ -7125,7 +7126,7 @@ class SimCluster(Cluster):
     """A Cluster whose network is `net`: calls by background jobs are atomic, and may get lost."""
 
     def __init__(self, node: Node, net: Net) -> None:
-        super().__init__(node, StubPeers())  # type: ignore[arg-type]
+        super().__init__(node, StubPeers(node.own))  # type: ignore[arg-type]
         self.net = net
         self.rounds = Rounds(node.own.node, self.known_view, net.clock, net.pick)
         self.young_until = -math.inf
@@ -7446,7 +7447,7 @@ def test_a_register_is_linearizable_while_nodes_die_and_return(size: int) -> Non
 def housekeeping(
     cluster: SimCluster, tombstone_grace: float = 0.0
 ) -> tuple[Housekeeping, Membership]:
-    store = DistributedStore(cluster, zs3_dist.Seal(cluster.own, "secret"))
+    store = DistributedStore(cluster)
     return Housekeeping(store, 0.0, tombstone_grace), Membership(store, [], 3)
 
 
@@ -7612,7 +7613,7 @@ def test_a_put_through_a_node_that_was_forgotten_meanwhile_is_not_acknowledged(
 ) -> None:
     """Nobody asked it then which blocks it needs, and they may be gone."""
     net, (one, other, third) = owners(3)
-    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    store = DistributedStore(one)
     part, info = part_of_an_upload(store)
     value = {**value_of(OLD), "blocks": [[5000, "0" * 64]]}
     del value["inline"]
@@ -7657,7 +7658,7 @@ def test_a_bucket_is_not_empty_while_a_deletion_in_it_is_undecided() -> None:
     put(one, OLD)
     accepted_by(net, one, third, zs3_dist.tombstone())
     net.down = {one.own.node}
-    store = DistributedStore(other, None)  # type: ignore[arg-type]
+    store = DistributedStore(other)
     store.delete_bucket("bucket")  # decides it first
     store.create_bucket("bucket")
     net.down = {third.own.node}
@@ -7667,7 +7668,7 @@ def test_a_bucket_is_not_empty_while_a_deletion_in_it_is_undecided() -> None:
 def test_nothing_is_taken_over_into_a_bucket_that_is_gone() -> None:
     net, (one, other, third) = owners(3)
     accepted_by(net, one, third, value_of(OLD))
-    store = DistributedStore(other, None)  # type: ignore[arg-type]
+    store = DistributedStore(other)
     without(net, third, lambda: store.delete_bucket("bucket"))
     for node in (one, other, third):
         housekeeping(node, math.inf)[0].pull()
@@ -8094,7 +8095,7 @@ def test_a_view_of_two_ends_only_when_both_are_reached_or_one_is_ordered_to_be_f
     for _ in range(3):
         background([one, new])
     assert one.known_view().previous
-    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    store = DistributedStore(one)
     zs3_dist.Membership(store, [], 3, ordered=other.own.node).forget(other.own.node)
     for _ in range(3):
         background([one, new])
@@ -8191,7 +8192,7 @@ def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> 
     net, nodes = owners(3)
     steps = nodes[0].rounds.change("bucket", "k", lambda current: value_of(OLD))
     accept = steps.send(reaching(net, nodes[0], next(steps), *nodes))
-    store = DistributedStore(nodes[0], None)  # type: ignore[arg-type]
+    store = DistributedStore(nodes[0])
     store.delete_bucket("bucket")
     for registers in (node.node.registers for node in nodes):
         assert all(registers.bury(*grave) for grave in next(registers.graves(math.inf)))
@@ -8310,7 +8311,7 @@ def test_of_two_nodes_one_goes_on_alone_only_without_whom_it_was_told_to_forget(
     net, (one, other) = owners(2)
     put(one, OLD)
     whom = other.own.node if ordered else 12345  # the order is for a node that went long ago
-    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    store = DistributedStore(one)
     member = zs3_dist.Membership(store, [], 3, ordered=whom)
     net.down = {other.own.node}
     if ordered:
@@ -8445,7 +8446,7 @@ def test_a_list_of_buckets_does_not_show_what_a_head_may_then_not_find(deleted: 
     late = {"ballot": f"{1:08x}{500:012x}{'0' * 16}", "value": value}
     answer = say(net, third, "accept", bucket=name, key="", **late, chosen=False, basis=None)
     assert answer == {"done": True}
-    store = DistributedStore(first, None)  # type: ignore[arg-type]
+    store = DistributedStore(first)
     listed = name in [bucket.name for bucket in store.list_buckets()]
     net.down = {third.own.node}
     assert listed == (first.run(first.rounds.bucket(name)) is not None)
@@ -8653,7 +8654,7 @@ class Lonely:
         self.cluster = Cluster(self.node, self.peers)
         self.cluster.joined.set()
         self.cluster.young_until = -math.inf
-        self.store = DistributedStore(self.cluster, self.peers.seal)
+        self.store = DistributedStore(self.cluster)
         self.peer = zs3_dist.Seal(Contact(7, "127.0.0.1:7"), "secret")
 
     def state(self) -> str:
@@ -9761,7 +9762,7 @@ def test_a_list_does_not_show_what_a_get_may_then_not_find(deleted: bool) -> Non
         net = Net(seed, 3)
         first, _, third = net.nodes
         cluster = net.clusters[first]
-        store = zs3_dist.DistributedStore(cluster, None)  # type: ignore[arg-type]
+        store = zs3_dist.DistributedStore(cluster)
         store.create_bucket("bucket")
         old = {**value_of("old"), "id": "0" * 16}
         cluster.run(cluster.rounds.change("bucket", "key", lambda current, old=old: old))

@@ -2768,8 +2768,8 @@ class DistributedStore:
 
     waits = True
 
-    def __init__(self, cluster: Cluster, seal: Seal, lock: IO[str] | None = None) -> None:
-        self.cluster, self.seal = cluster, seal
+    def __init__(self, cluster: Cluster, lock: IO[str] | None = None) -> None:
+        self.cluster, self.seal = cluster, cluster.peers.seal
         self.lock = lock  # of the data folder
         self.node, self.rounds = cluster.node, cluster.rounds
         # Steps of background jobs (9, 10), and the seconds between two runs of each.
@@ -3893,7 +3893,7 @@ def open_store(args: argparse.Namespace) -> DistributedStore:
         raise SystemExit(f"zs3: {error.strerror}: {advice}") from None
     node = Node(own, registers, Blocks(data / ".cas", args.fsync), time.monotonic)
     seal = Seal(own, cluster_secret(args))
-    store = DistributedStore(Cluster(node, Peers(seal)), seal, lock)
+    store = DistributedStore(Cluster(node, Peers(seal)), lock)
     add_jobs(store, args)
     return store
 
