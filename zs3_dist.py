@@ -1242,6 +1242,9 @@ class View:
         )
 
 
+NO_VIEW = View("", 0, 1, ())  # of a node that has not found its cluster yet
+
+
 class Ballots:
     """Makes ballots that nobody else makes, of a Lamport counter and a name drawn at start."""
 
@@ -1394,7 +1397,7 @@ class Registers:
         self._seq = self._one(LAST_SEQ) or 0
         self._count()
         last = self._one("SELECT view FROM views ORDER BY epoch DESC LIMIT 1")
-        self.view = View.from_json(json.loads(last)) if last else None
+        self.view = View.from_json(json.loads(last)) if last else NO_VIEW
         self.synced = int(self.meta("synced") or 0)  # the epoch for which all was pulled
 
     def _count(self) -> None:
@@ -1429,8 +1432,8 @@ class Registers:
         entered = False
         with self.lock:
             for view in views:
-                need(self.view is None or view.cluster == self.view.cluster, "cluster")
-                if self.view is not None and view.epoch == self.view.epoch + 1:
+                need(self.view is NO_VIEW or view.cluster == self.view.cluster, "cluster")
+                if self.view is not NO_VIEW and view.epoch == self.view.epoch + 1:
                     self._enter(view)
                     entered = True
         return entered
@@ -1476,7 +1479,7 @@ class Registers:
 
     def member_since(self, epoch: int) -> bool:
         """Was this node a member in every view from that of `epoch` to the present one?"""
-        if self.view is not None and self.view.epoch == epoch:
+        if self.view.epoch == epoch:
             return self.view.member(self.own) is not None
         views = self._all("SELECT view FROM views WHERE epoch >= ?", epoch)
         return all(node_hex(self.own) in dict(json.loads(view)["members"]) for (view,) in views)
@@ -1490,8 +1493,8 @@ class Registers:
 
     def fence(self, epoch: int) -> Message | None:
         """The refusal of a message of another epoch than ours; None when it is the same."""
-        if self.view is None or epoch > self.view.epoch:
-            return {"behind": self.view.epoch if self.view else 0}
+        if self.view is NO_VIEW or epoch > self.view.epoch:
+            return {"behind": self.view.epoch}
         return {"views": self.views_after(epoch)} if epoch < self.view.epoch else None
 
     def slot(self, bucket: str, key: str, brief: bool = False) -> Slot:
@@ -2222,15 +2225,14 @@ class Node:
 
     def idle(self) -> bool:
         """Is this a cluster of one node without a bucket, which may give itself up for another?"""
-        view = self.registers.view
-        return view is not None and len(view.members) == 1 and not self.registers.buckets()
+        return len(self.registers.view.members) == 1 and not self.registers.buckets()
 
     def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
             "contact": self.own.as_json(), "synced": self.registers.synced, "idle": self.idle(),
-            "cluster": view.cluster if view else "", "epoch": view.epoch if view else 0,
+            "cluster": view.cluster, "epoch": view.epoch,
             "views": self.registers.views_after(epoch),
         }
 
@@ -2267,14 +2269,14 @@ class Node:
 
     def on_buckets(self) -> Message:
         """All buckets known here."""
-        view = cast(View, self.registers.view)
+        view = self.registers.view
         # Not what is left from when this node was an owner: it may be long out of date.
         asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
         return {"buckets": asked}
 
     def on_changes(self, since: int, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
-        view = cast(View, self.registers.view)
+        view = self.registers.view
         return self.registers.changes(
             since, lambda bucket: bucket != VIEWS and view.owns(sender.node, bucket)
         )
@@ -2318,7 +2320,7 @@ class Cluster:
     def known_view(self) -> View:
         """The newest view known, whether or not this node is a member. SlowDown if none is."""
         view = self.node.registers.view
-        if view is None:
+        if view is NO_VIEW:
             raise S3Error("SlowDown", "This node has not found its cluster yet.")
         return view
 
@@ -2341,8 +2343,7 @@ class Cluster:
         by a hello: a copied disk says that, too, before it knows that it is one."""
         self.node.saw(contact)
         self.peers.heard(contact)
-        view = self.node.registers.view
-        member = view.member(contact.node) if view else None
+        member = self.node.registers.view.member(contact.node)
         if member == contact:
             self.peers.moved.pop(contact, None)
         elif member and not hello:
@@ -2350,8 +2351,7 @@ class Cluster:
 
     def check_membership(self) -> None:
         """Note whether this node is a member, and not a copy of its disk at another address."""
-        view = self.node.registers.view
-        if view is not None and view.member(self.own.node) == self.own:
+        if self.node.registers.view.member(self.own.node) == self.own:
             if not self.joined.is_set():
                 LOG.info("node %s is a member, at %s", node_hex(self.own.node), self.own.address)
             self.joined.set()
@@ -3153,8 +3153,7 @@ class DistributedStore:
         return [contact.as_json() for contact in sorted(found)]
 
     def _peer(self, contact: Contact) -> Message:
-        view = self.node.registers.view
-        member = view is not None and view.member(contact.node) is not None
+        member = self.node.registers.view.member(contact.node) is not None
         silent = self.cluster.peers.skipped(contact.node)
         node = node_hex(contact.node)
         return {"node": node, "address": contact.address, "member": member, "silent": silent}
@@ -3166,11 +3165,10 @@ class DistributedStore:
             peers = len(self.node.table.contacts())
         return {
             "node": node_hex(self.node.own.node), "address": self.node.own.address,
-            "joined": self.cluster.joined.is_set(), "epoch": view.epoch if view else 0,
-            "members": len(view.members) if view else 0, "joining": bool(view and view.previous),
+            "joined": self.cluster.joined.is_set(), "epoch": view.epoch,
+            "members": len(view.members), "joining": bool(view.previous),
             "objects": self.node.registers.objects, "blocks": self.node.blocks.count,
-            "bytes": self.node.blocks.total_bytes, "peers": peers,
-            **self.counts,
+            "bytes": self.node.blocks.total_bytes, "peers": peers, **self.counts,
         }
 
 
@@ -3472,7 +3470,7 @@ class Membership:
     def join(self) -> None:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
-        if view is None:
+        if view is NO_VIEW:
             return self._find_cluster()
         member = view.member(self.node.own.node)
         if member is None:
@@ -3525,7 +3523,7 @@ class Membership:
             return None
         self.cluster.spoke(contact_field(answer["contact"]))
         view = self.registers.view
-        foreign = view and answer["cluster"] not in ("", view.cluster)
+        foreign = view.cluster and answer["cluster"] not in ("", view.cluster)
         if foreign and not answer["idle"] and not self.node.idle():
             self._tell(address, "is of another cluster with our secret: both are in use")
         views = answer["views"]
