@@ -172,12 +172,13 @@ def bucket_index(own: int, other: int) -> int:
 
 
 class RoutingTable:
-    """k-buckets of contacts, least recently seen first. Pure: the clock is an argument; no locks.
-    Old contacts that still answer are kept and new ones wait, since a node that was up for long is
-    likely to stay up, and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)"""
+    """k-buckets of contacts, least recently seen first; the clock is an argument. Old contacts that
+    still answer are kept and new ones wait, since a node that was up for long is likely to stay up,
+    and a flood of new ids cannot push the real peers out. (Kademlia, 2.2)"""
 
     def __init__(self, own: int) -> None:
         self.own = own
+        self._lock = threading.Lock()  # guards the fields below
         self.buckets: list[dict[int, Contact]] = [{} for _ in range(ID_BITS)]
         self.waiting: list[dict[int, Contact]] = [{} for _ in range(ID_BITS)]
         self.heard = [0.0] * ID_BITS
@@ -187,28 +188,31 @@ class RoutingTable:
         if contact.node == self.own:
             return None
         index = bucket_index(self.own, contact.node)
-        bucket, self.heard[index] = self.buckets[index], now
-        if bucket.pop(contact.node, None) is not None or len(bucket) < CONTACTS_PER_BUCKET:
-            bucket[contact.node] = contact
-            return None
-        waiting = self.waiting[index]
-        waiting.pop(contact.node, None)
-        if len(waiting) < CONTACTS_PER_BUCKET:
-            waiting[contact.node] = contact
-        return next(iter(bucket.values()))
+        with self._lock:
+            bucket, self.heard[index] = self.buckets[index], now
+            if bucket.pop(contact.node, None) is not None or len(bucket) < CONTACTS_PER_BUCKET:
+                bucket[contact.node] = contact
+                return None
+            waiting = self.waiting[index]
+            waiting.pop(contact.node, None)
+            if len(waiting) < CONTACTS_PER_BUCKET:
+                waiting[contact.node] = contact
+            return next(iter(bucket.values()))
 
     def failed(self, contact: Contact) -> None:
         """`contact` did not answer: the most recently seen waiting contact takes its place. With
         nobody waiting it stays, so that a cut network cable does not empty the table."""
         index = bucket_index(self.own, contact.node)
-        if contact.node in self.buckets[index] and self.waiting[index]:
-            del self.buckets[index][contact.node]
-            node, heir = self.waiting[index].popitem()
-            self.buckets[index][node] = heir
+        with self._lock:
+            if contact.node in self.buckets[index] and self.waiting[index]:
+                del self.buckets[index][contact.node]
+                node, heir = self.waiting[index].popitem()
+                self.buckets[index][node] = heir
 
     def contacts(self) -> list[Contact]:
         """Everybody in the table."""
-        return [contact for bucket in self.buckets for contact in bucket.values()]
+        with self._lock:
+            return [contact for bucket in self.buckets for contact in bucket.values()]
 
     def closest(self, target: int, count: int = CONTACTS_PER_ANSWER) -> list[Contact]:
         """The `count` known contacts nearest to `target`, nearest first."""
@@ -216,11 +220,12 @@ class RoutingTable:
 
     def stale(self, now: float, pick: random.Random) -> list[int]:
         """A random id in each used k-bucket that nobody in was heard from for REFRESH_SECONDS."""
-        return [
-            self.own ^ (1 << index) ^ pick.getrandbits(index)
-            for index, bucket in enumerate(self.buckets)
-            if bucket and now - self.heard[index] > REFRESH_SECONDS
-        ]
+        with self._lock:
+            return [
+                self.own ^ (1 << index) ^ pick.getrandbits(index)
+                for index, bucket in enumerate(self.buckets)
+                if bucket and now - self.heard[index] > REFRESH_SECONDS
+            ]
 
 
 # ===== 3 Messages =====
@@ -2181,7 +2186,6 @@ class Node:
         self.pins = Pins()
         self.providers = Providers()
         self.table = RoutingTable(own.node)
-        self.table_lock = threading.Lock()  # guards table and to_ping
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
         # Each takes its message's fields but the epoch; two want the sender, too.
@@ -2197,15 +2201,9 @@ class Node:
     def saw(self, contact: Contact) -> None:
         """`contact` sent an authenticated message or answer."""
         self.heard[contact.node] = self.clock()
-        with self.table_lock:
-            oldest = self.table.seen(contact, self.clock())
-            if oldest is not None:
-                self.to_ping[oldest.node] = oldest
-
-    def missed(self, contact: Contact) -> None:
-        """`contact` did not answer."""
-        with self.table_lock:
-            self.table.failed(contact)
+        oldest = self.table.seen(contact, self.clock())
+        if oldest is not None:
+            self.to_ping[oldest.node] = oldest
 
     def answer(self, name: str, message: Message, sender: Contact) -> Message:
         """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
@@ -2243,8 +2241,7 @@ class Node:
 
     def on_find(self, target: str) -> Message:
         """Kademlia's FIND_NODE."""
-        with self.table_lock:
-            found = self.table.closest(int(target, 16))
+        found = self.table.closest(int(target, 16))
         return {"contacts": [contact.as_json() for contact in found]}
 
     def on_find_providers(self, hash: str) -> Message:
@@ -2463,8 +2460,10 @@ class Cluster:
         replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS, meanwhile=meanwhile)
         for contact in contacts:
             if contact.node and contact.node in replies:
-                note = self.node.saw if replies[contact.node].status else self.node.missed
-                note(contact)
+                if replies[contact.node].status:
+                    self.node.saw(contact)
+                else:
+                    self.node.table.failed(contact)
         return replies
 
     def call_all(
@@ -2496,9 +2495,7 @@ class Cluster:
 
     def _lookup(self, target: int, name: str, message: Message) -> list[Contact]:
         """The providers, once somebody names them, which ends it."""
-        with self.node.table_lock:
-            start = self.node.table.closest(target)
-        steps = lookup(target, start, self.own.node)
+        steps = lookup(target, self.node.table.closest(target), self.own.node)
         try:
             todo = next(steps)
             while True:
@@ -3136,9 +3133,7 @@ class DistributedStore:
         if name == "ping" and not argument:
             return json_response(200, self.status())
         if name == "peers" and not argument:
-            with self.node.table_lock:
-                contacts = self.node.table.contacts()
-            return json_response(200, {"peers": [self._peer(contact) for contact in contacts]})
+            return json_response(200, {"peers": list(map(self._peer, self.node.table.contacts()))})
         if name == "providers" and HASH.fullmatch(argument):
             return json_response(200, {"hash": argument, "providers": self._holders(argument)})
         return json_response(404, {"error": "no such page"})
@@ -3161,14 +3156,13 @@ class DistributedStore:
     def status(self) -> Message:
         """What this node is and has done."""
         view = self.node.registers.view
-        with self.node.table_lock:
-            peers = len(self.node.table.contacts())
         return {
             "node": node_hex(self.node.own.node), "address": self.node.own.address,
             "joined": self.cluster.joined.is_set(), "epoch": view.epoch,
             "members": len(view.members), "joining": bool(view.previous),
             "objects": self.node.registers.objects, "blocks": self.node.blocks.count,
-            "bytes": self.node.blocks.total_bytes, "peers": peers, **self.counts,
+            "bytes": self.node.blocks.total_bytes, "peers": len(self.node.table.contacts()),
+            **self.counts,
         }
 
 
@@ -3416,8 +3410,7 @@ class Housekeeping:
     def _announce(self, blocks: Sequence[str]) -> None:
         """Tell the nodes nearest to each block that this node holds it. (Kademlia, 2.5)"""
         wanted: dict[Contact, list[str]] = {}
-        with self.node.table_lock:
-            contacts = self.node.table.contacts()
+        contacts = self.node.table.contacts()
         for block in blocks:
             for contact in nearest(contacts, block_target(block), CONTACTS_PER_BUCKET):
                 wanted.setdefault(contact, []).append(block)
@@ -3743,11 +3736,10 @@ class Membership:
 
     def _refresh(self, view: View) -> None:
         """Keep the routing table: ping who may be gone, look up ids in silent k-buckets."""
-        with self.node.table_lock:
-            doubted, self.node.to_ping = list(self.node.to_ping.values()), {}
-            targets = self.node.table.stale(self.node.clock(), self.cluster.rounds.pick)
-        self.cluster.tell("hello", {"epoch": view.epoch}, doubted)  # notes who does not answer
-        for target in targets:
+        doubted, self.node.to_ping = self.node.to_ping, {}
+        # Who does not answer is noted in the table.
+        self.cluster.tell("hello", {"epoch": view.epoch}, list(doubted.values()))
+        for target in self.node.table.stale(self.node.clock(), self.cluster.rounds.pick):
             self.cluster.find(target)
 
     def probe(self) -> None:
