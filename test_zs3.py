@@ -8494,7 +8494,7 @@ class Simulated:
         """As a node does: look up its own id, then one in each farther k-bucket."""
         self.tables[contact.node].seen(through, self.now)
         self.find(contact, contact.node)
-        neighbour = self.tables[contact.node].closest(contact.node, 1)[0]
+        neighbour = self.tables[contact.node].closest(contact.node)[0]
         for index in range(zs3_dist.bucket_index(contact.node, neighbour.node), 160):
             self.find(contact, contact.node ^ (1 << index) ^ self.pick.getrandbits(index))
 
@@ -8599,7 +8599,7 @@ def test_old_contacts_that_answer_are_kept() -> None:
     assert table.contacts() == old
     table.failed(old[0])
     assert old[0] not in table.contacts() and len(table.contacts()) == 20
-    assert table.closest((1 << 159), 1) == [old[1]]
+    assert table.closest(1 << 159)[0] == old[1]
 
 
 def test_provider_records_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -8805,7 +8805,7 @@ def test_a_walk_over_the_blocks_rests_four_times_as_long_as_it_works_but_not_for
     monkeypatch.setattr(lonely.node, "clock", lambda: next(now) * worked)
     monkeypatch.setattr(keep, "_unused", lambda batch: set())
     monkeypatch.setattr(keep, "_collect", lambda unused, suspects: 0)
-    monkeypatch.setattr(keep, "_replicate", lambda batch, announce: None)
+    monkeypatch.setattr(keep, "_replicate", lambda batch: None)
     monkeypatch.setattr(lonely.store.closing, "wait", rests.append)
     keep.tend()
     assert rests == pytest.approx([rest, rest])
@@ -8843,7 +8843,7 @@ def test_an_extra_copy_that_a_put_met_while_the_others_were_asked_stays(
 
     monkeypatch.setattr(lonely.cluster, "have", have)
     monkeypatch.setattr(lonely.cluster, "holders", lambda block: [*others, lonely.own])
-    Housekeeping(lonely.store, 600.0, 0.0)._replicate([block], False)
+    Housekeeping(lonely.store, 600.0, 0.0)._replicate([block])
     assert blocks.has(block) == met
 
 

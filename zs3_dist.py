@@ -214,9 +214,9 @@ class RoutingTable:
         with self._lock:
             return [contact for bucket in self.buckets for contact in bucket.values()]
 
-    def closest(self, target: int, count: int = CONTACTS_PER_ANSWER) -> list[Contact]:
-        """The `count` known contacts nearest to `target`, nearest first."""
-        return nearest(self.contacts(), target, count)
+    def closest(self, target: int) -> list[Contact]:
+        """The CONTACTS_PER_ANSWER known contacts nearest to `target`, nearest first."""
+        return nearest(self.contacts(), target, CONTACTS_PER_ANSWER)
 
     def stale(self, now: float, pick: random.Random) -> list[int]:
         """A random id in each used k-bucket that nobody in was heard from for REFRESH_SECONDS."""
@@ -3342,7 +3342,10 @@ class Housekeeping:
             began = self.node.clock()
             unused = self._unused(batch)
             freed += self._collect(sorted(unused), suspects)
-            self._replicate([block for block in batch if block not in unused], announce)
+            used = [block for block in batch if block not in unused]
+            self._replicate(used)
+            if announce:
+                self._announce(used)
             worked = self.node.clock() - began
             if self.store.closing.wait(min(TEND_REST * worked, REST_SECONDS)):
                 return
@@ -3381,10 +3384,8 @@ class Housekeeping:
                 freed += size
         return freed
 
-    def _replicate(self, blocks: list[str], announce: bool) -> None:
+    def _replicate(self, blocks: list[str]) -> None:
         """Have each block on the live members nearest to it; drop a copy that is no use here."""
-        if not blocks:
-            return
         view, own = self.cluster.view(), self.node.own
         touched = {block: self.blocks.touched(block) for block in blocks}  # before others are asked
         there, answered = self.cluster.have(blocks, touch=False)
@@ -3397,8 +3398,6 @@ class Housekeeping:
             regular = order[: view.replicas]
             if own not in regular and all(contact in holding for contact in regular):
                 self.blocks.remove(block, touched[block])
-        if announce:
-            self._announce(blocks)
 
     def _push(self, block: str, contacts: Sequence[Contact]) -> None:
         data = self.blocks.get(block) if contacts else None
