@@ -2680,15 +2680,14 @@ def ahead(fetch: Callable[[str], bytes], blocks: Sequence[str]) -> Generator[byt
 
 
 def whole_blocks(body: Iterable[memoryview]) -> Iterator[bytes]:
-    """The body cut into pieces of BLOCK_BYTES, the last one shorter; b"" alone if it is empty."""
-    rest, empty = b"", True
+    """The body cut into pieces of BLOCK_BYTES, the last one shorter; none if it is empty."""
+    rest = b""
     for piece in body:
-        empty = False
         data = rest + piece if rest else bytes(piece)
         for start in range(0, len(data) - BLOCK_BYTES + 1, BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]
         rest = data[len(data) // BLOCK_BYTES * BLOCK_BYTES :]
-    if rest or empty:
+    if rest:
         yield rest
 
 
@@ -2956,7 +2955,7 @@ class DistributedStore:
                 under_way.append(pool.submit(self.cluster.store, hashes[-1], data))
             for one in under_way:
                 one.result()
-        return {"blocks": [[size, "".join(hashes)]]}
+        return {"blocks": [[size, "".join(hashes)]]} if hashes else {"inline": ""}
 
     def _commit(
         self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition,
@@ -3640,7 +3639,7 @@ class Membership:
         decided = cast(Value, self.cluster.run(steps))["view"]
         self.cluster.adopt([decided])
         everybody = {*view.everybody(), *View.from_json(decided).everybody()} - {self.node.own}
-        views = self.registers.views_after(max(0, view.epoch - 10))
+        views = self.registers.views_after(view.epoch - 10)
         self.cluster.tell("views", {"views": views}, sorted(everybody))
 
     def _voters(self, now: View, after: View) -> Groups:
