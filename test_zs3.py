@@ -7679,6 +7679,29 @@ def test_nothing_is_taken_over_into_a_bucket_that_is_gone() -> None:
         list(store.scan("bucket", "", "", ""))
 
 
+def test_nothing_undecided_is_pulled_into_a_bucket_that_is_being_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or it could be read, and the bucket be gone with it: the deletion has found nothing."""
+    net, (one, other, third) = owners(3)
+    accepted_by(net, third, third, value_of(OLD))
+    store = DistributedStore(one, None)  # type: ignore[arg-type]
+    entries, seen = store._entries, []
+
+    def pull_after(*asked: Any) -> Any:
+        found = list(entries(*asked))
+        net.down.clear()
+        housekeeping(one)[0].pull()
+        seen.append(get(one))
+        return iter(found)
+
+    monkeypatch.setattr(store, "_entries", pull_after)
+    net.down = {third.own.node}
+    with raises("SlowDown"):  # the mark was taken back
+        store.delete_bucket("bucket")
+    assert seen == [OLD] and get(other) == OLD
+
+
 def without(net: Net, node: SimCluster, change: Callable[[], Any]) -> None:
     """A change that does not reach `node`."""
     net.down.add(node.own.node)

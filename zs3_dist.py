@@ -1612,7 +1612,7 @@ class Registers:
         """Another owner accepted this: do so too, as if its accept message had come here late.
         False when only a round of the register can tell: something higher was promised and this is
         not known to be chosen, or a tombstone may have followed it that was dropped, or its bucket
-        is gone."""
+        is gone, or marked for deletion and this is not known to be chosen."""
         with self.lock:
             if self.fence(epoch):
                 raise StaleView  # the bucket may not be ours any more
@@ -1627,8 +1627,12 @@ class Registers:
         if not slot.accepted and accepted <= self.floor(bucket):
             return live(value) is None  # a tombstone that was dropped here, or what it had replaced
         basis = self.basis(bucket, key)
-        if live(value) and basis and basis[0] and not live(basis[2]):
-            return False
+        if live(value) and basis and basis[0]:
+            # A mark need not keep out what is chosen: its quorum had no mark, so the deletion,
+            # which asks a quorum that has it, meets one that shows this, or what came after.
+            takes = live if chosen else is_open
+            if not takes(basis[2]):
+                return False
         if accepted < slot.promised and not chosen:
             return False
         self._write(bucket, key, slot, accepted, chosen, value)
