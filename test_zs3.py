@@ -7173,8 +7173,8 @@ class Net:
         for node in self.nodes.values():
             node.registers.install([View("0" * 16, 1, 3, contacts)])
 
-    def add(self) -> Node:
-        own = Contact(self.pick.getrandbits(160), f"sim:{len(self.nodes) + 1}")
+    def add(self, number: int | None = None) -> Node:
+        own = Contact(number or self.pick.getrandbits(160), f"sim:{len(self.nodes) + 1}")
         node = Node(own, Registers(own.node, ":memory:"), StubBlocks(), self.clock)  # type: ignore[arg-type]
         self.nodes[own.node] = node
         self.clusters[own.node] = SimCluster(node, self)
@@ -7934,13 +7934,7 @@ def test_what_a_new_owner_pulled_is_no_vote() -> None:
     net.down = {away.own.node}
     new = []
     for distance in (1, 2):
-        address = net.add().own.address
-        own = Contact(target ^ distance, address)
-        node = Node(own, Registers(own.node, ":memory:"), StubBlocks(), net.clock)
-        net.nodes[own.node], net.clusters[own.node] = node, SimCluster(node, net)
-        node.registers.install(list(map(View.from_json, one.node.registers.views_after(0))))
-        new.append(net.clusters[own.node])
-        housekeeping(new[-1])[1]._enter()
+        new.append(joining(net, one, target ^ distance))
     for _ in range(4):
         background([*new, one, two])
     view = one.known_view()
@@ -7954,9 +7948,9 @@ def test_what_a_new_owner_pulled_is_no_vote() -> None:
     assert get(new[0]) == seen
 
 
-def joining(net: Net, at: SimCluster) -> SimCluster:
+def joining(net: Net, at: SimCluster, node: int | None = None) -> SimCluster:
     """A node that a joint view was decided for, and that has copied nothing yet."""
-    new = net.clusters[net.add().own.node]
+    new = net.clusters[net.add(node).own.node]
     views = at.node.registers.views_after(0)
     new.node.registers.install([View.from_json(view) for view in views])
     housekeeping(new)[1]._enter()
@@ -8401,6 +8395,29 @@ def test_an_owner_that_comes_back_has_nothing_of_what_it_missed_the_end_of() -> 
     come_back(net, nodes[2])
     background(nodes)
     assert [get(node) for node in nodes] == ["", "", ""]
+
+
+def test_a_node_that_is_not_asked_in_one_of_a_chain_of_joint_views_keeps_nothing() -> None:
+    """Asked again in a later one, it would bring back a key whose tombstone was dropped."""
+    net = Net(5, 7)
+    target = zs3_dist.target_of(b"bucket")
+    order = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
+    nodes, away = order[:5], order[5:]  # of which three are owners, and none
+    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+    nodes[0].run(nodes[0].rounds.change("bucket", "", lambda current: record))
+    net.down = {node.own.node for node in away}  # so that the joint view lasts
+    new = joining(net, nodes[0], target ^ 1)
+    background([new, *nodes])
+    put(nodes[0], OLD)
+    background([new])
+    assert text_of(new.node.registers.slot("bucket", "k").value) == OLD
+    net.down.add(new.own.node)
+    housekeeping(nodes[0])[1].forget(new.own.node)
+    background(nodes)
+    delete_for_good(net, nodes[:3])
+    come_back(net, new)
+    assert new.known_view().previous and new.known_view().owns(new.own.node, "bucket")
+    assert [get(node) for node in (new, *nodes)] == [""] * 6
 
 
 def test_a_forgotten_node_that_a_joint_view_still_counts_keeps_its_registers() -> None:

@@ -1150,7 +1150,9 @@ class Pins:
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
-# anew.
+# anew. A tombstone is dropped once all who are asked about its bucket have it or nothing (`bury`).
+# Who is not asked in a view, a joint one too, drops the bucket's registers as it enters that view:
+# no quorum above counts it, and it may be asked again in a later one.
 
 T = TypeVar("T")
 VIEWS = ".views"  # the bucket of the registers that decide views; its key is the epoch
@@ -1431,9 +1433,9 @@ class Registers:
 
     def adopt(self, views: Iterable[View]) -> bool:
         """Enter those of `views`, oldest first, that follow ours one by one. True if there was one.
-        None is left out: with each that ends a change of owners, the registers that this node does
-        not own any more are dropped. It might own them again later, when their tombstones are long
-        forgotten. ValueError when they are another cluster's."""
+        None is left out: with each, the registers that this node is not asked about any more are
+        dropped. It might own them again later, when their tombstones are long forgotten. ValueError
+        when they are another cluster's."""
         entered = False
         with self.lock:
             for view in views:
@@ -1447,12 +1449,10 @@ class Registers:
         with self._transaction():
             row = (view.epoch, json.dumps(view.as_json()))
             self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
-            if not view.previous:
-                known = self._all("SELECT DISTINCT bucket FROM registers")
-                self._drop_buckets([name for (name,) in known if not view.owns(self.own, name)])
+            known = self._all("SELECT DISTINCT bucket FROM registers")
+            self._drop_buckets([name for (name,) in known if not view.asks(self.own, name)])
         self.view = view
-        if not view.previous:
-            self._count()
+        self._count()
 
     def _drop_buckets(self, buckets: Sequence[str]) -> None:
         for start in range(0, len(buckets), BATCH // 2):  # SQLite may take no more than 999 values
@@ -2270,10 +2270,7 @@ class Node:
 
     def on_buckets(self) -> Message:
         """All buckets known here."""
-        view = self.registers.view
-        # Not what is left from when this node was an owner: it may be long out of date.
-        asked = [row for row in self.registers.buckets() if view.asks(self.own.node, row[0])]
-        return {"buckets": asked}
+        return {"buckets": self.registers.buckets()}
 
     def on_changes(self, since: int, sender: Contact) -> Message:
         """What was accepted here since, of the buckets that the sender owns."""
