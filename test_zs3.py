@@ -7988,6 +7988,57 @@ def test_a_node_whose_id_the_view_has_at_another_address_is_no_member() -> None:
     assert not one.joined.is_set()
 
 
+def where(*there: tuple[str, Contact, SimCluster]) -> Callable[..., Any]:
+    """`Cluster.call` where each of these nodes answers, as that contact, at that address."""
+    nodes = {address: (contact, node) for address, contact, node in there}
+
+    def call(name: str, message: Message, to: Contact) -> Message | None:
+        if to.address not in nodes:
+            return None
+        contact, cluster = nodes[to.address]
+        answer = cluster.node.answer(name, message, Contact(0, "sim:0"))
+        return {**answer, "contact": contact.as_json()}
+
+    return call
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_member_that_is_found_elsewhere_is_asked_there_if_it_does_not_answer_in_its_place(
+    moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of its disk, which does not yet know that it is one, must not vote for it."""
+    _, (one, other, _) = owners(3)
+    found = other.own._replace(address="sim:9")
+    places = [("sim:9", found, other)] + [(other.own.address, other.own, other)] * (not moved)
+    monkeypatch.setattr(one, "call", where(*places))
+    one.joined.clear()
+    member = zs3_dist.Membership(housekeeping(one)[0].store, ["sim:9"], 3)
+    member.join()
+    assert one.peers.moved == ({other.own: found} if moved else {})
+    assert one.joined.is_set()
+
+
+def test_a_copy_that_once_met_its_original_stays_out_also_when_that_falls_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, (one, other, _) = owners(3)
+    original, view = one.own, one.known_view()
+    one.own = one.node.own = original._replace(address="sim:9")
+    one.joined.clear()
+    member = housekeeping(one)[1]
+    monkeypatch.setattr(one, "call", where((original.address, original, other)))
+    member.join()
+    monkeypatch.setattr(one, "call", where(("sim:9", one.own, other)))
+    for _ in range(2):
+        member.join()
+    assert not one.joined.is_set() and other.known_view() == view
+    with pytest.raises(ValueError, match="copied"):  # and does not vote for it
+        net.deliver("hello", {"epoch": 1}, other.own, one.own.node)
+    one.node.is_copy = False  # started again
+    housekeeping(one)[1].join()
+    assert one.joined.is_set() and other.known_view().member(original.node) == one.own
+
+
 @pytest.mark.parametrize("heard", [True, False])
 def test_a_member_is_forgotten_when_it_neither_answers_nor_asks(heard: bool) -> None:
     net, nodes = owners(4)
@@ -9744,6 +9795,8 @@ def test_the_copy_of_a_disk_does_not_become_a_second_node_of_one_identity(tmp_pa
     assert not copy.ping()["joined"] and nodes[0].ping()["epoch"] == epoch
     nodes[2].members(3)
     nodes[2].kill()
+    copy.kill()
+    copy.start()
     copy.members(3)  # now it is one that has moved
     nodes[2].start()
     nodes[2].logs("has our id: a disk was copied")

@@ -1149,6 +1149,7 @@ class Pins:
 # that may be late are only such as own in f nothing that they did not own before (`settle`).
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
+# Of a disk and its copy one votes: the other, once it has met it, answers nobody (`_is_elsewhere`).
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
 # anew. A tombstone is dropped once all who are asked about its bucket have it or nothing (`bury`).
 # Who is not asked in a view, a joint one too, drops the bucket's registers as it enters that view:
@@ -2187,6 +2188,7 @@ class Node:
         self, own: Contact, registers: Registers, blocks: Blocks, clock: Callable[[], float]
     ) -> None:
         self.own, self.registers, self.blocks, self.clock = own, registers, blocks, clock
+        self.is_copy = False  # of another node's disk, which is in use: it has no vote
         self.pins = Pins()
         self.providers = Providers()
         self.table = RoutingTable(own.node)
@@ -2213,6 +2215,7 @@ class Node:
         """Do what a checked message asks. ValueError when it makes no sense here. That it is of our
         epoch, and what is answered, are one step: meanwhile no other view is entered, and no
         register dropped."""
+        need(not self.is_copy, "disk: it was copied")
         if name == "hello":  # of any epoch
             return self.on_hello(**message)
         fields = {field: one for field, one in message.items() if field != "epoch"}
@@ -2337,8 +2340,8 @@ class Cluster:
             LOG.error("views: %s", error)
 
     def spoke(self, contact: Contact, hello: bool = False) -> None:
-        """It sent something sealed, or answered: that is where it is, whatever the view says. Not
-        by a hello: a copied disk says that, too, before it knows that it is one."""
+        """It sent something sealed: that is where it is, whatever the view says. Not if it is or
+        answers a hello: a copied disk says that, too, before it knows that it is one."""
         self.node.saw(contact)
         self.peers.heard(contact)
         member = self.node.registers.view.member(contact.node)
@@ -3462,6 +3465,8 @@ class Membership:
     def join(self) -> None:
         """One try to become a member, if this node is not one; or to tell a new address."""
         view = self.registers.view
+        if self.node.is_copy:
+            return None
         if view is NO_VIEW:
             return self._find_cluster()
         member = view.member(self.node.own.node)
@@ -3481,13 +3486,16 @@ class Membership:
 
     def _is_elsewhere(self, address: str) -> bool:
         """Does a node with our id answer at `address`, where the view has it, and say that it is
-        there? Then the disk was copied, and this node stays out of the cluster: two of one identity
-        would vote twice. Who just moved finds nobody, somebody else, or itself."""
+        there? Then the disk was copied, and this node stays out of the cluster until it is started
+        again, though the other may fall silent: two of one identity would vote twice. Who just
+        moved finds nobody, somebody else, or itself."""
         answer = self._ask(address, MAX_COUNTER)  # without the views
         other = contact_field(answer["contact"]) if answer else self.node.own
         if other.node != self.node.own.node or other == self.node.own:
             return False
-        self._tell(address, "has our id: a disk was copied. Remove .node_id from one of them")
+        advice = "Remove .node_id from one of them, and start this one again"
+        self._tell(address, f"has our id: a disk was copied. {advice}")
+        self.node.is_copy = True
         return True
 
     def _tell(self, address: str, what: str) -> None:
@@ -3501,7 +3509,17 @@ class Membership:
         for address in self._addresses():
             answer = self._ask(address, view.epoch)
             if answer and answer["cluster"] == view.cluster:
+                self._note_place(view, contact_field(answer["contact"]))
                 self.cluster.adopt(answer["views"])
+
+    def _note_place(self, view: View, found: Contact) -> None:
+        """Look for a member where it was found, unless it answers where the view has it: then what
+        was found is a copy of its disk, and must not vote for it."""
+        member = view.member(found.node)
+        if member and member != found:
+            answer = self._ask(member.address, MAX_COUNTER)
+            if answer is None or contact_field(answer["contact"]) != member:
+                self.cluster.spoke(found)
 
     def _addresses(self) -> list[str]:
         found = self.bootstrap | self.discovered | self.store.seal.misled
@@ -3513,7 +3531,7 @@ class Membership:
         answer = self.cluster.call("hello", {"epoch": epoch}, Contact(0, address))
         if answer is None:
             return None
-        self.cluster.spoke(contact_field(answer["contact"]))
+        self.cluster.spoke(contact_field(answer["contact"]), hello=True)
         view = self.registers.view
         foreign = view.cluster and answer["cluster"] not in ("", view.cluster)
         if foreign and not answer["idle"] and not self.node.idle():
