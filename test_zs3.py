@@ -9283,6 +9283,23 @@ def test_an_accept_whose_kept_connection_broke_is_not_sent_again() -> None:
         assert answers[0].status == 0 and fakes[0].asked == 1
 
 
+def test_a_kept_connection_that_rested_for_so_long_that_its_peer_may_end_it_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An accept that is lost by it is not sent again: the peer would be called silent."""
+    with fake_peers(1) as (fakes, peers):
+        address, clock = fakes[0].contact.address, time.monotonic
+        peers.ask(questions(fakes) * 2, lambda raw: False, 2, 10.0)
+        [other, used] = peers._idle[address]
+        assert peers.take(address) is used
+        peers.give(address, used)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + zs3.SOCKET_SECONDS - 1)
+        fresh = peers.take(address)
+        assert fresh not in (used, other) and not peers._idle[address]
+        assert used.socket.fileno() == other.socket.fileno() == -1
+        fresh.close()
+
+
 def let_late_answers_come(peers: zs3_dist.Peers, fake: FakePeer) -> None:
     """They are looked at by who wants a connection to the same address."""
     deadline = time.monotonic() + 10

@@ -117,6 +117,7 @@ BURIAL_SECONDS = 2 * CONNECT_SECONDS  # longer than one owner's answer waits for
 BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
 LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
+IDLE_SECONDS = zs3.SOCKET_SECONDS / 2  # one that rested longer is not used: the peer may end it
 
 TEND_REST = 4  # a walk over the blocks rests so many times as long as it works,
 REST_SECONDS = 1.0  # but no longer after each BATCH: it may have worked on repairs, or waited
@@ -535,6 +536,7 @@ class Link:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.fresh = True  # no request was answered over it yet
+        self.begun = 0.0  # monotonic; when its last request was
         self.outgoing: list[memoryview] = []
         self.incoming = bytearray()
         with contextlib.suppress(BlockingIOError):  # in progress: the first write waits for it
@@ -542,6 +544,7 @@ class Link:
 
     def begin(self, *parts: bytes) -> None:
         """Start sending a request."""
+        self.begun = time.monotonic()
         self.outgoing = [memoryview(part) for part in parts if part]
         self.incoming = bytearray()
 
@@ -692,8 +695,12 @@ class Peers:
             if not self._finished(call):
                 self.later(call)
         with self._lock:
-            if idle := self._idle.get(address):
-                return idle.pop()
+            idle = self._idle.get(address, [])
+            while idle:
+                link = idle.pop()  # the last one used; if that is too old, all are
+                if time.monotonic() - link.begun < IDLE_SECONDS:
+                    return link
+                link.close()
         return Link(address)
 
     def give(self, address: str, link: Link) -> None:
