@@ -7526,6 +7526,7 @@ def background(clusters: list[SimCluster]) -> None:
 # --- One interleaving each: what a random walk seldom meets ---
 
 OLD, NEW = "aaaa", "bbbb"
+BURIAL_SECONDS = zs3_dist.BURIAL_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -7862,6 +7863,34 @@ def test_a_read_that_began_before_a_tombstone_was_dropped_does_not_show_what_it_
     for node in nodes:
         housekeeping(node, -1.0)[0].bury()
     assert say(net, second, "read", key="k", brief=False)["accepted"] == ""
+
+
+def test_a_tombstone_stays_while_a_read_may_hold_an_answer_from_before_it(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three owners one answers at once, one has to be told of a view first, one is silent."""
+    ready, behind, silent = (Contact(number, f"sim:{number}") for number in (1, 2, 3))
+    now, told = 0.0, {}
+
+    def ask(questions: Any, enough: Any, first: int, seconds: float, **_: Any) -> dict[int, Reply]:
+        nonlocal now
+        name, began = questions[0].path, now
+        now += seconds
+        answers: dict[int, Reply] = {}
+        for contact in {question.to for question in questions} - {silent}:
+            old = contact == behind and behind not in told and name == "read"
+            told[contact] = began if contact == ready else now
+            answer = {"behind": 1} if old else {"accepted": "", "chosen": False, "value": None}
+            answers[contact.node] = Reply(200, pack(answer))
+        return answers
+
+    monkeypatch.setattr(lonely.peers, "ask", ask)
+    groups = ((ready, behind, silent),)
+    message = {"epoch": 1, "bucket": "bucket", "key": "k", "brief": False}
+    ask_all = Ask("read", message, groups, lambda answers: False, zs3_dist.read_quorum)
+    assert zs3_dist.settled(groups, lonely.cluster.ask(ask_all))
+    assert now == 3 * zs3_dist.CONNECT_SECONDS
+    assert told[behind] - told[ready] < BURIAL_SECONDS
 
 
 def test_a_key_that_was_only_promised_keeps_the_floor_of_its_bucket() -> None:

@@ -113,7 +113,7 @@ JOIN_WAIT_SECONDS = 8.0  # a client's request waits so long for this node to joi
 SILENCE_SECONDS = 1.5  # a change that lacks owners is tried for so long, and three times
 OPERATION_SECONDS = 12.0  # a change or read that is not settled by then is 503
 LATE_SECONDS = 30.0  # no message arrives later than this after its sender gave up
-BURIAL_SECONDS = 2 * CONNECT_SECONDS  # longer than one owner's answer waits for the others'
+BURIAL_SECONDS = 6 * CONNECT_SECONDS  # twice as long as an answer waits for another: `_ask_others`
 BACKOFF_SECONDS = 0.004  # first random pause of writers that duel; doubles 8 times
 LOCK_SECONDS = 25.0  # a folder in use is waited for so long: zs3.SHUTDOWN_SECONDS and some more
 IDLE_LINKS = 16  # kept-alive connections to one peer
@@ -2419,7 +2419,8 @@ class Cluster:
         self, ask: Ask, others: list[Contact], answers: dict[int, Message],
         look: Callable[[], None] | None = None,
     ) -> None:
-        """Add their answers to `answers`. `look` will add this node's; it is called meanwhile."""
+        """Add their answers to `answers`. `look` will add this node's; it is called meanwhile. What
+        is weighed together was told within three CONNECT_SECONDS: asked, told of views, asked."""
 
         def take(raw: Mapping[int, Reply]) -> None:
             for node in raw.keys() - answers.keys():
