@@ -8099,7 +8099,7 @@ def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_last_of_two_may_forget_the_other_from_a_new_address_unless_its_disk_was_copied(
-    copied: bool, monkeypatch: pytest.MonkeyPatch
+    copied: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(zs3_dist, "JOIN_WAIT_SECONDS", 0.0)
     net, (one, other) = owners(2)
@@ -8117,6 +8117,7 @@ def test_the_last_of_two_may_forget_the_other_from_a_new_address_unless_its_disk
     member.obey()
     member.join()
     assert one.joined.is_set() and one.known_view().members == (one.own,) and get(one) == OLD
+    assert "was forgotten: empty its folder before it is started again" in caplog.text
 
 
 def test_who_joins_with_the_order_to_forget_its_only_peer_first_has_all_that_this_has() -> None:

@@ -3720,7 +3720,9 @@ class Membership:
             return replace(after, previous=(own,)) if self._left_alone(view.previous) else after
 
         self.propose(make)
-        LOG.warning("node %s was forgotten", node_hex(node))
+        alone = self.cluster.known_view().members == (own,)  # it may not hear of that, and serve
+        advice = ": empty its folder before it is started again" if alone else ""
+        LOG.warning("node %s was forgotten%s", node_hex(node), advice)
 
     def obey(self) -> None:
         """Forget whom the operator orders to forget, once, as a member that knows the newest view.
