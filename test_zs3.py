@@ -8225,6 +8225,23 @@ def test_two_clusters_of_one_secret_that_meet_say_so(
     assert "--replicas=5, as it was founded: our 3 counts for nothing" in caplog.text
 
 
+def test_who_founded_anew_and_was_joined_before_the_old_cluster_asked_for_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, (one, _) = owners(2)
+    _, (old, *_) = owners(3)
+    old.node.registers.install([View("1" * 16, 1, 3, old.known_view().members)])
+    monkeypatch.setattr(one, "call", where(("b:1", old.own, old)))
+    member = housekeeping(one)[1]
+    for address in ("b:1", "silent:1"):
+        member.store.seal.misled.add(address)
+    for _ in range(2):
+        member.join()
+        member.store.seal.misled.add("b:1")
+    text = "the node at b:1 is of another cluster with our secret: both are in use"
+    assert caplog.messages == [text] and one.known_view().cluster == "0" * 16
+
+
 def test_a_long_history_of_views_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     _, (one, other) = owners(2)
     for number in range(5):

@@ -3491,6 +3491,8 @@ class Membership:
         self.cluster.check_membership()
         if len(view.members) == 1:
             self._merge(view)
+        else:
+            self._ask_misled()
 
     def _is_elsewhere(self, address: str) -> bool:
         """Does a node with our id answer at `address`, where the view has it, and say that it is
@@ -3528,6 +3530,13 @@ class Membership:
             answer = self._ask(member.address, MAX_COUNTER)
             if answer is None or contact_field(answer["contact"]) != member:
                 self.cluster.spoke(found)
+
+    def _ask_misled(self) -> None:
+        """Who looks for another node here may be of another cluster: `_ask` says so."""
+        misled = self.store.seal.misled
+        for address in list(misled):
+            misled.discard(address)  # it will look again
+            self._ask(address, MAX_COUNTER)
 
     def _addresses(self) -> list[str]:
         found = self.bootstrap | self.discovered | self.store.seal.misled
@@ -3586,7 +3595,8 @@ class Membership:
         members of its cluster ask for the old node at this address, within PULL_SECONDS and the
         time that they take to connect; it hears of them by that (`Seal.misled`) and gives itself up
         (`_merge`). Until then it says nothing of buckets and makes none. It founds at once all the
-        same, so that nobody who joins has to wait; then there is nothing to wait for, either."""
+        same, so that nobody who joins has to wait. But where somebody has joined before it heard of
+        them, there are two clusters: it cannot give itself up any more, and says so (`_ask`)."""
         view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
         self.registers.install([view])
         LOG.info("founded a cluster")
