@@ -7977,6 +7977,37 @@ def test_what_a_new_owner_pulled_is_no_vote() -> None:
     assert get(new[0]) == seen
 
 
+def test_a_new_owner_takes_a_tombstone_below_the_floor_that_it_took_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A floor stands for all keys of a bucket: it does not say which tombstones were dropped."""
+    net = Net(5, 3)
+    target = zs3_dist.target_of(b"bucket")
+    one, late, third = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
+    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+    one.run(one.rounds.change("bucket", "", lambda current: record))
+    put(one, OLD)
+    let_know(net, late)
+    one.rounds.ballots.observe(f"{1:08x}{500:012x}{'0' * 16}")
+    one.run(one.rounds.change("bucket", "z", lambda current: value_of(NEW)))
+    erase(one, "z")
+    for node in (one, late, third):
+        housekeeping(node, -1.0)[0].bury()
+    for key in "lmno":  # so that the tombstone is told after the floor
+        one.run(one.rounds.change("bucket", key, lambda current: value_of(NEW)))
+    net.down = {late.own.node}
+    erase(third)
+    assert third.node.registers.slot("bucket", "k").accepted < one.node.registers.floor("bucket")
+    new = joining(net, one, target ^ 1)
+    monkeypatch.setattr(zs3_dist, "BATCH", 4)
+    background([new, one, third] * 2)
+    monkeypatch.undo()
+    assert not one.known_view().previous and one.known_view().owns(new.own.node, "bucket")
+    net.down = {one.own.node}
+    housekeeping(late)[1]._hello_all(late.known_view())
+    assert get(new) == get(late) == ""
+
+
 def joining(net: Net, at: SimCluster, node: int | None = None) -> SimCluster:
     """A node that a joint view was decided for, and that has copied nothing yet."""
     new = net.clusters[net.add(node).own.node]

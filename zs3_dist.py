@@ -1633,7 +1633,7 @@ class Registers:
         if accepted <= slot.accepted or value is None:
             return True
         if not slot.accepted and accepted <= self.floor(bucket):
-            return live(value) is None  # a tombstone that was dropped here, or what it had replaced
+            return False  # also a tombstone: the floor may be that of other keys, and it be missing
         basis = self.basis(bucket, key)
         if live(value) and basis and basis[0]:
             # A mark need not keep out what is chosen: its quorum had no mark, so the deletion,
