@@ -5607,34 +5607,119 @@ def test_completing_again_removes_what_a_kill_9_left_of_the_upload(
     assert disk.on_bucket("GET", "uploads").ok().texts("Upload") == [] and not upload.exists()
 
 
-def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
-    """A part in a bucket's upload, and what the finished object is to be."""
-    store.create_bucket("bucket")
-    key, body = f"bucket/{'0' * 32}/00001", zs3.Body(io.BytesIO(b"old"), 3)
-    part = store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
-    return part, zs3.ObjectInfo("k", 3, zs3.multipart_etag([part]), 0.0, upload_id="0" * 32)
+class OneUpload:
+    """A store with an upload of one part, and requests to end it, each as its operation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = zs3.FileStore(str(folder))
+        self.store.create_bucket("bucket")
+        created = zs3.create_multipart_upload(self.store, self.request("uploads"))
+        assert isinstance(created.body, bytes)
+        found = parse_xml(created.body).findtext("UploadId")
+        assert found
+        self.id = found
+        body = zs3.Body(io.BytesIO(b"old"), 3)
+        self.part = f"bucket/{self.id}/00001"
+        self.store.put_object(zs3.UPLOADS, self.part, body, {}, zs3.NO_CONDITION)
+
+    def request(self, query: str, body: bytes = b"") -> zs3.Request:
+        request = zs3.Request("POST", "/bucket/k", query, {}, zs3.Settings({}))
+        request.bucket, request.key, request.query = "bucket", "k", dict(zs3.split_query(query))
+        request.body = zs3.Body(io.BytesIO(body), len(body))
+        return request
+
+    def complete(self) -> int:
+        request = self.request(f"uploadId={self.id}", complete_document([(1, md5_hex(b"old"))]))
+        return zs3.complete_multipart_upload(self.store, request).status
+
+    def abort(self) -> int:
+        return zs3.abort_multipart_upload(self.store, self.request(f"uploadId={self.id}")).status
+
+    def found(self) -> list[int]:
+        return [each.size for each in self.store.scan("bucket", "", "", "")]
 
 
 def test_of_requests_to_complete_one_upload_one_at_a_time_is_at_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that has waited long enough asks again: that must not double the work."""
-    store = zs3.FileStore(str(folder))
-    part, info = part_of_an_upload(store)
-    append, at_work, most = store._append, threading.Semaphore(1), []
+    upload, appended = OneUpload(folder), []
+    append = upload.store._append
 
     def slowly(*given: Any) -> None:
-        most.append(at_work.acquire(blocking=False))
+        appended.append(given)
         time.sleep(0.05)
         append(*given)
-        at_work.release()
 
-    monkeypatch.setattr(store, "_append", slowly)
+    monkeypatch.setattr(upload.store, "_append", slowly)
     with concurrent.futures.ThreadPoolExecutor(3) as threads:
-        given = ("bucket", "k", [part], info, zs3.NO_CONDITION)
-        for each in [threads.submit(store.concatenate, *given) for _ in range(3)]:
-            each.result()
-    assert most == [True] * 3
+        answers = [threads.submit(upload.complete) for _ in range(3)]
+        assert [each.result() for each in answers] == [200] * 3
+    assert len(appended) == 1 and upload.found() == [3]
+
+
+@pytest.mark.parametrize("what", ["abort", "delete_bucket"])
+def test_an_upload_is_not_aborted_while_it_is_completed(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the object could appear after the Abort was answered."""
+    upload = OneUpload(folder)
+    rename, answered = upload.store._rename, []
+    ends = {
+        "abort": upload.abort,
+        "delete_bucket": lambda: zs3.delete_bucket(upload.store, upload.request("")).status,
+    }
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+
+        def abort_first(*given: Any) -> bool:
+            answered.append(thread.submit(ends[what]))
+            concurrent.futures.wait(answered, 0.2)
+            assert not answered[0].done()
+            return rename(*given)
+
+        monkeypatch.setattr(upload.store, "_rename", abort_first)
+        if what == "abort":
+            assert upload.complete() == 200 and upload.found() == [3]
+            with raises("NoSuchUpload"):
+                answered[0].result()
+        else:
+            with raises("NoSuchBucket"):
+                upload.complete()
+            assert answered[0].result() == 204
+
+
+@pytest.mark.parametrize("after", ["put", "delete"])
+def test_a_complete_that_is_repeated_does_not_undo_what_came_after_the_first(
+    after: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its object is seen, and replaced or deleted, before its upload is discarded."""
+    upload, answered = OneUpload(folder), []
+    discard = zs3.discard_upload
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+
+        def late(*given: Any) -> None:
+            if not answered:
+                if after == "put":
+                    stored(upload.store, b"new!")
+                else:
+                    upload.store.delete_object("bucket", "k", zs3.NO_CONDITION)
+                answered.append(thread.submit(upload.complete))
+                concurrent.futures.wait(answered, 0.2)
+            discard(*given)
+
+        monkeypatch.setattr(zs3, "discard_upload", late)
+        assert upload.complete() == 200
+        with raises("NoSuchUpload"):
+            answered[0].result()
+    assert upload.found() == ([4] if after == "put" else [])
+
+
+def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
+    """A part in a bucket's upload, and what the finished object is to be."""
+    store.create_bucket("bucket")
+    key, body = f"bucket/{'0' * 32}/00001", zs3.Body(io.BytesIO(b"old"), 3)
+    part = store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
+    return part, zs3.ObjectInfo("k", 3, zs3.multipart_etag([part]), 0.0, upload_id="0" * 32)
 
 
 def test_an_object_stays_where_it_is_until_it_is_deleted(disk: Client) -> None:
@@ -9111,24 +9196,23 @@ def test_deleting_a_bucket_leaves_the_uploads_of_one_made_anew_meanwhile(
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-@pytest.mark.parametrize("step", ["_append", "_join"])
 def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(
-    step: str, deleted: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deleted: bool, lonely: Lonely, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another request may have completed or aborted the upload, and been answered."""
-    store: Any = lonely.store if step == "_join" else zs3.FileStore(str(tmp_path / "data"))
+    store: Any = lonely.store
     part, info = part_of_an_upload(store)
-    begin = getattr(store, step)
+    join = store._join
 
     def late(*given: Any) -> Any:
-        done = begin(*given)
+        done = join(*given)
         zs3.discard_upload(store, "bucket", info.upload_id)
         store.put_object("bucket", "k", zs3.Body(io.BytesIO(b"new!"), 4), {}, zs3.NO_CONDITION)
         if deleted:
             store.delete_object("bucket", "k", zs3.NO_CONDITION)
         return done
 
-    monkeypatch.setattr(store, step, late)
+    monkeypatch.setattr(store, "_join", late)
     with raises("InvalidPart"):
         store.concatenate("bucket", "k", [part], info, zs3.NO_CONDITION)
     found = [each.size for each in store.scan("bucket", "", "", "")]

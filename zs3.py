@@ -1462,6 +1462,10 @@ class Store(Protocol):
         """Store the objects `parts` of UPLOADS, one after the other, described as in copy_object.
         InvalidPart when one has another ETag, NoSuchBucket, what Condition.check raises."""
 
+    def hold(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
+        """Make others wait who hold this object, if it is there: see `ending`. It may do
+        nothing where the operations themselves decide who comes first."""
+
     def internal(self, request: Request) -> Response:
         """Answer a request under /_zs3/ that is not for the server itself."""
 
@@ -1608,6 +1612,18 @@ def make_own_folders(root: str) -> None:
         os.makedirs(os.path.join(root, folder), exist_ok=True)
 
 
+@contextlib.contextmanager
+def flocked(path: str, flags: int) -> Iterator[None]:
+    """Hold a file against other threads and processes. It is opened for each holder: flock lets all
+    in together who share what one open() gave."""
+    file = os.open(path, os.O_RDWR | flags, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
 class FileStore:
     """The Store on plain files. Every object is one file, made in .tmp, described by an attribute,
     and then renamed into place: bytes and description appear, and are replaced, together."""
@@ -1633,20 +1649,13 @@ class FileStore:
         """Nothing: peers are for distributed mode."""
         raise S3Error("NoSuchKey", Key=request.path)
 
-    @contextlib.contextmanager
-    def _lock(self, bucket: str, key: str = "") -> Iterator[None]:
+    def _lock(self, bucket: str, key: str = "") -> contextlib.AbstractContextManager[None]:
         """Hold the lock of a key, or that of all buckets, against other threads and the processes
         that share the folder. It guards the decision what an object is: the check of a condition,
         the rename, and what goes with it. Keys share stripes: no thread may hold two."""
         stripe = zlib.crc32(f"{bucket}/{key}".encode()) % LOCK_STRIPES
         name = f"key-{stripe:02x}" if key else "bucket"
-        # Opened for each holder: flock lets all in together who share what one open() gave.
-        file = os.open(f"{self._root}/.locks/{name}", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(file)
+        return flocked(f"{self._root}/.locks/{name}", os.O_CREAT)
 
     # --- Buckets ---
 
@@ -1942,9 +1951,8 @@ class FileStore:
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
         condition: Condition,
     ) -> ObjectInfo:
-        """The parts stay until the caller deletes them: a crash on the way loses nothing. One at a
-        time: a client that was tired of waiting asks again, and shall not have it done twice."""
-        with self._held(parts[0]), self._temporary(bucket, key, condition) as (file, temp):
+        """The parts stay until the caller deletes them: a crash on the way loses nothing."""
+        with self._temporary(bucket, key, condition) as (file, temp):
             for part in parts:
                 try:
                     current, content = self.open_object(UPLOADS, part.key)
@@ -1954,21 +1962,15 @@ class FileStore:
                     if current.etag != part.etag:
                         raise S3Error("InvalidPart")
                     self._append(file, content, part.size)
-            info = replace(info, key=key)
-            return self._publish(file, temp, bucket, info, condition, parts[0])
+            return self._publish(file, temp, bucket, replace(info, key=key), condition)
 
     @contextlib.contextmanager
-    def _held(self, part: ObjectInfo) -> Iterator[None]:
-        """Hold a part of an upload against others that make an object of it. InvalidPart."""
-        try:
-            file = os.open(f"{self._bucket_path(UPLOADS)}/{part.key}", os.O_RDWR)
-        except FileNotFoundError:
-            raise S3Error("InvalidPart") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def hold(self, bucket: str, key: str) -> Iterator[None]:
+        """By a lock on its file. Whoever gets it has yet to see whether the object is still there."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(FileNotFoundError):  # or it is not there any more
+                stack.enter_context(flocked(self._literal_path(bucket, key), 0))
             yield
-        finally:
-            os.close(file)
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
@@ -2044,19 +2046,15 @@ class FileStore:
             raise S3Error("InternalError", "The source was cut short while it was copied.")
 
     def _publish(
-        self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition,
-        part: ObjectInfo | None = None,
+        self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Make a finished temporary file the object `info.key`: only here do objects appear. A
-        `part` that is gone by now tells that its upload was completed or aborted: InvalidPart."""
+        """Make a finished temporary file the object `info.key`: only here do objects appear."""
         info = self._write_record(file, bucket, info)
         if self._fsync:
             os.fsync(file)
         os.close(os.dup(file))  # a network file system may say only now that its disk is full
         with self._lock(bucket, info.key):
             self._check(condition, bucket, info.key)
-            if part is not None and self._current(UPLOADS, part.key) is None:
-                raise S3Error("InvalidPart")
             literal = self._literal_path(bucket, info.key)
             special = self._special_path(bucket, info.key)
             # A listing could miss a key that moves: one stays where it is until it is deleted.
@@ -2208,6 +2206,9 @@ CHECKSUM_TYPES = {
 }
 
 
+UPLOAD_ID = re.compile("[0-9a-f]{32}")
+
+
 class Upload(NamedTuple):
     """A multipart upload in progress. `initiated` is in seconds since the epoch; `algorithm` and
     `checksum_type` are "" when no checksum was asked for; `headers` are the future object's."""
@@ -2244,7 +2245,7 @@ def find_upload(store: Store, bucket: str, upload_id: str) -> Upload | None:
 def requested_upload(store: Store, request: Request) -> Upload:
     """The upload of its bucket and key that a request names; NoSuchUpload."""
     bucket, upload_id = request.bucket, request.query["uploadId"]
-    if re.fullmatch("[0-9a-f]{32}", upload_id):
+    if UPLOAD_ID.fullmatch(upload_id):
         upload = find_upload(store, bucket, upload_id)
         if upload is not None and upload.key == request.key:
             return upload
@@ -2261,6 +2262,15 @@ def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[i
     """Number and object of each part above number `after`, in order."""
     for info in store.scan(UPLOADS, upload.part_key(0)[:-5], upload.part_key(after + 1), ""):
         yield int(info.key[-5:]), info
+
+
+def ending(store: Store, bucket: str, upload_id: str) -> contextlib.AbstractContextManager[None]:
+    """Hold an upload against others that complete, abort or discard it, from before it is looked at
+    until it is discarded. Else an Abort could be answered before the object appears, and a Complete
+    that was repeated, as it took long, do its work again over what was written after the first."""
+    if not UPLOAD_ID.fullmatch(upload_id):
+        return contextlib.nullcontext()  # there is no such upload
+    return store.hold(UPLOADS, f"{bucket}/{upload_id}/00000")
 
 
 def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
@@ -2498,7 +2508,8 @@ def delete_bucket(store: Store, request: Request) -> Response:
     uploads = upload_ids(store, request.bucket)
     store.delete_bucket(request.bucket)
     for upload_id in uploads:
-        discard_upload(store, request.bucket, upload_id)
+        with ending(store, request.bucket, upload_id):
+            discard_upload(store, request.bucket, upload_id)
     return Response(204)
 
 
@@ -3074,17 +3085,18 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     if "x-amz-trailer" in request.headers:  # it is of the list; a header is of the whole object
         expect_checksums(request)
     listed = parse_part_list(request.body.read_all())
-    try:
-        upload = requested_upload(store, request)
-        parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
-        info, condition = finished_info(upload, parts), write_condition(request)
-        check_whole_object(request, upload, info)
-        info = store.concatenate(request.bucket, request.key, parts, info, condition)
-    except S3Error as error:
-        if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
-            raise
-        info = already_completed(store, request, listed, error)
-    discard_upload(store, request.bucket, info.upload_id)
+    with ending(store, request.bucket, request.query["uploadId"]):
+        try:
+            upload = requested_upload(store, request)
+            parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
+            info, condition = finished_info(upload, parts), write_condition(request)
+            check_whole_object(request, upload, info)
+            info = store.concatenate(request.bucket, request.key, parts, info, condition)
+        except S3Error as error:
+            if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
+                raise
+            info = already_completed(store, request, listed, error)
+        discard_upload(store, request.bucket, info.upload_id)
     return document(
         "CompleteMultipartUploadResult", Location=f"http://{request.header('host')}{request.path}",
         Bucket=request.bucket, Key=request.key, ETag=quoted(info.etag), **checksum_fields(info),
@@ -3120,8 +3132,9 @@ def already_completed(
 def abort_multipart_upload(store: Store, request: Request) -> Response:
     """DELETE /bucket/key?uploadId."""
     refuse_headers(request.headers)
-    upload = requested_upload(store, request)
-    discard_upload(store, upload.bucket, upload.id)
+    with ending(store, request.bucket, request.query["uploadId"]):
+        upload = requested_upload(store, request)
+        discard_upload(store, upload.bucket, upload.id)
     return Response(204)
 
 
