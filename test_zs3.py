@@ -3383,6 +3383,39 @@ def test_law_a_common_prefix_is_skipped_without_walking_it(tmp_path: Path) -> No
     store.close()
 
 
+@pytest.mark.parametrize("delimiter", ["-", "/"])
+def test_a_listing_reads_a_folder_that_changes_all_the_time_once(
+    delimiter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many common prefixes it shows; and it looks at one file of each."""
+    store = zs3.FileStore(str(tmp_path / "data"))
+    store.create_bucket("bucket")
+    bucket = tmp_path / "data/bucket"
+    for number in range(200):
+        path = bucket / f"{number // 10:02}{delimiter}{number % 10}"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    read, read_names, looked_at, look = [], zs3.read_names, [], store._stat
+
+    def counted(path: str) -> Iterator[str]:
+        read.append(path)
+        return read_names(path)
+
+    def seen(path: str, *given: str) -> zs3.ObjectInfo:
+        looked_at.append(path)
+        return look(path, *given)
+
+    monkeypatch.setattr(zs3, "read_names", counted)
+    monkeypatch.setattr(store, "_stat", seen)
+
+    def scan(start: str) -> Iterator[Any]:
+        return store.scan("bucket", "", start, delimiter)
+
+    page = zs3.list_page(scan, "", delimiter, "", 1000)
+    assert page.prefixes == [f"{number:02}{delimiter}" for number in range(20)]
+    assert read.count(f"{bucket}/") == 1 and len(looked_at) == 20
+
+
 # --- Multipart -----------------------------------------------------------------------------------
 
 PARTS = [b"a" * MIN_PART, b"b" * (MIN_PART + 7), b"c"]

@@ -1409,6 +1409,22 @@ class Condition(NamedTuple):
 NO_CONDITION = Condition()
 
 
+def successor(prefix: str) -> str | None:
+    """The least string above every string that begins with `prefix`; None if there is none."""
+    while prefix:
+        code = ord(prefix[-1]) + 1
+        if code <= sys.maxunicode:
+            return prefix[:-1] + chr(0xE000 if code == 0xD800 else code)  # surrogates are no text
+        prefix = prefix[:-1]
+    return None
+
+
+def common_prefix(key: str, prefix: str, delimiter: str) -> str:
+    """The part of `key` up to the first delimiter after `prefix`; "" if there is none."""
+    at = key.find(delimiter, len(prefix)) if delimiter else -1
+    return key[: at + len(delimiter)] if at >= 0 else ""
+
+
 class Store(Protocol):
     """Where objects are. Names were validated by the caller; all errors are S3Error. The bucket
     UPLOADS is always there and never listed. What a method changes is changed when it returns."""
@@ -1603,7 +1619,10 @@ def file_status(file: str | int) -> os.stat_result:
     return status
 
 
-Found = tuple[str, str, str]  # by a walk: key, path, and the common prefix it stands for, if any
+# What a walk finds: key, LITERAL or SPECIAL, and path. With a "/" at its end the path is a folder,
+# and the key the common prefix that any one file below it stands for.
+Found = tuple[str, int, str]
+LITERAL, SPECIAL = 0, 1
 
 
 def make_own_folders(root: str) -> None:
@@ -1869,60 +1888,88 @@ class FileStore:
         """A directory is one group of keys when the delimiter is "/": one file in it will do."""
         self._require_bucket(bucket)
         start = max(start, prefix)
+        starts = [start, spell(start)]
         folder = f"{self._root}/.keys/{bucket}/"
-        spelled = self._walk(folder, "", spell(prefix), spell(start), False, sys.maxsize)
-        keys = ((unspell(name), name, path) for name, path, _ in spelled)
+        spelled = self._walk(folder, "", SPECIAL, spell(prefix), starts, False, sys.maxsize)
         # A name that spell never gives, like that of somebody's .DS_Store, is no object's.
-        special = ((key, path, "") for key, name, path in keys if spell(key) == name)
+        keys = ((unspell(name), name, path) for name, _, path in spelled)
+        special = ((key, SPECIAL, path) for key, name, path in keys if spell(key) == name)
         folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
-        literal = self._walk(folder, "", prefix, start, grouped, MAX_KEY_BYTES)
-        # Of two with one key the literal comes first, which hides the other.
-        return self._stat_all(bucket, heapq.merge(literal, special, key=lambda found: found[0]))
+        literal = self._walk(folder, "", LITERAL, prefix, starts, grouped, MAX_KEY_BYTES)
+        return self._stat_all(bucket, heapq.merge(special, literal), starts, prefix, delimiter)
 
-    def _stat_all(self, bucket: str, found: Iterable[Found]) -> Iterator[ObjectInfo]:
-        last, last_group = None, ""
-        for key, path, group in found:
-            if key == last or (group and group == last_group):
-                continue  # hidden, or one of its group was shown
-            if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
+    def _stat_all(
+        self, bucket: str, found: Iterable[Found], starts: list[str], prefix: str, delimiter: str
+    ) -> Iterator[ObjectInfo]:
+        """The objects found, one of each group. Where a group ends, the walks are to go on: without
+        a look at its other files, and without reading a folder again that changes all the time."""
+        last = ""
+        for key, _, path in found:
+            if key == last or key < starts[LITERAL]:
+                continue  # hidden by its literal path, or one of its group was shown
+            info = self._stat_any(path, bucket, key)
+            if info is None:
+                continue
+            yield info
+            last = key
+            if group := common_prefix(info.key, prefix, delimiter):
+                following = successor(group)
+                if following is None:
+                    return
+                starts[:] = following, spell(following)
+
+    def _stat_any(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
+        """The object that a walk found; of a folder, the first that is there."""
+        for name, file in self._any_file(path, key) if path[-1] == "/" else ((key, path),):
+            if len(name) > MAX_KEY_BYTES // 4 and len(name.encode()) > MAX_KEY_BYTES:
                 continue  # a file that somebody put too deep for a key
             try:
-                info = self._stat(path, bucket, key)
+                return self._stat(file, bucket, name)
             except (FileNotFoundError, PermissionError):
                 continue  # deleted meanwhile; in a folder that may be read but not entered
-            yield info
-            last, last_group = key, group
+        return None
 
     def _walk(
-        self, folder: str, base: str, prefix: str, start: str, grouped: bool, longest: int
+        self, folder: str, base: str, kind: int, prefix: str, starts: list[str], grouped: bool,
+        longest: int,
     ) -> Iterator[Found]:
-        """The files below `folder`, a path with "/" behind it, as scan wants them. `base` is what
-        their keys begin with."""
+        """The files at or below `folder`, whose keys begin with `base`, as scan wants them, not
+        below starts[kind], which may grow meanwhile. `folder` ends with "/"."""
         names = self._directories.names(folder)
-        inside = start[len(base) :] if start.startswith(base) else ""
-        head, slash, _ = inside.partition("/")
-        for at in range(bisect_left(names, head + slash), len(names)):
+        at, start, inside = 0, "", ""
+        while at < len(names):
+            if start != starts[kind]:
+                start = starts[kind]
+                inside = start[len(base) :] if start.startswith(base) else ""
+                if start > base and not inside:
+                    return
+                head, slash, _ = inside.partition("/")
+                at = bisect_left(names, head + slash, at)
+                continue
             name = names[at]
             key = base + name
+            at += 1
             if not key.startswith(prefix) and not prefix.startswith(key):
                 if key > prefix:
                     return
             elif not name.endswith("/"):
                 if key.startswith(prefix):
-                    yield key, folder + name, ""
+                    yield key, kind, folder + name
             elif grouped and len(key) > len(prefix) and not inside.startswith(name):
-                yield from self._any_file(folder + name, key, key)
+                yield key, kind, folder + name
             elif len(key) <= longest:
-                yield from self._walk(folder + name, key, prefix, start, grouped, longest)
+                path = folder + name
+                yield from self._walk(path, key, kind, prefix, starts, grouped, longest)
 
-    def _any_file(self, folder: str, base: str, group: str) -> Iterator[Found]:
-        """Files at or below a folder, in no order, without reading more of it than asked for."""
+    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, str]]:
+        """Key and path of files at or below a folder, in no order, without reading more of it than
+        asked for."""
         try:
             for name in read_names(folder):
                 if not name.endswith("/"):
-                    yield base + name, folder + name, group
+                    yield base + name, folder + name
                 elif len(base) <= MAX_KEY_BYTES:
-                    yield from self._any_file(folder + name, base + name, group)
+                    yield from self._any_file(folder + name, base + name)
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise  # else it was removed meanwhile, or is lost+found
@@ -1966,7 +2013,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def hold(self, bucket: str, key: str) -> Iterator[None]:
-        """By a lock on its file. Whoever gets it has yet to see whether the object is still there."""
+        """By a lock on its file. Whoever gets it has yet to see whether it is still there."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):  # or it is not there any more
                 stack.enter_context(flocked(self._literal_path(bucket, key), 0))
@@ -2576,22 +2623,6 @@ class Page(NamedTuple):
     last: str
 
 
-def successor(prefix: str) -> str | None:
-    """The least string above every string that begins with `prefix`; None if there is none."""
-    while prefix:
-        code = ord(prefix[-1]) + 1
-        if code <= sys.maxunicode:
-            return prefix[:-1] + chr(0xE000 if code == 0xD800 else code)  # surrogates are no text
-        prefix = prefix[:-1]
-    return None
-
-
-def common_prefix(key: str, prefix: str, delimiter: str) -> str:
-    """The part of `key` up to the first delimiter after `prefix`; "" if there is none."""
-    at = key.find(delimiter, len(prefix)) if delimiter else -1
-    return key[: at + len(delimiter)] if at >= 0 else ""
-
-
 def start_after(marker: str, prefix: str, delimiter: str) -> str | None:
     """Where a listing begins that continues after a key or a common prefix; None at the end."""
     if marker and marker.startswith(prefix) and common_prefix(marker, prefix, delimiter) == marker:
@@ -2604,20 +2635,23 @@ def list_page(
     prefix: str, delimiter: str, start: str | None, limit: int,
 ) -> Page:
     """The first `limit` keys and common prefixes that are not below `start`. `scan` is Store.scan
-    with the start yet to be given. What a common prefix stands for is skipped, not read."""
+    with the start yet to be given. It begins anew only where it shows a group of keys twice."""
     contents: list[ObjectInfo] = []
     prefixes: list[str] = []
     last, position = "", start
     while position is not None and limit:
         for info in scan(position):
+            group = common_prefix(info.key, prefix, delimiter)
+            if group and prefixes and group == prefixes[-1]:
+                break
             if len(contents) + len(prefixes) == limit:
                 return Page(contents, prefixes, position, last)
-            if group := common_prefix(info.key, prefix, delimiter):
+            if group:
                 prefixes.append(group)
                 last, position = group, successor(group)
-                break
-            contents.append(info)
-            last, position = info.key, info.key + "\0"
+            else:
+                contents.append(info)
+                last, position = info.key, info.key + "\0"
         else:
             break
     return Page(contents, prefixes, None, last)
