@@ -754,10 +754,12 @@ def check_signed_headers(request: Request, auth: Authorization) -> None:
         raise S3Error("AccessDenied", message, HeadersNotSigned=", ".join(unsigned or ["host"]))
 
 
-# What is only the signature of a presigned URL, or speaks of a body that was not known yet.
+# What is only the signature of a presigned URL, or speaks of a body that was not known yet. The
+# latter are checked in headers alone, which a web page cannot send to a foreign server unasked: a
+# page that knows the keys, as all know the default ones, could else DeleteObjects by a mere POST.
 NOT_A_HEADER = re.compile(
-    "x-amz-(algorithm|credential|date|expires|signedheaders|signature|content-sha256"
-    "|security-token|user-agent|sdk-.*|checksum-(crc|sha).*)"
+    "x-amz-(algorithm|credential|date|expires|signedheaders|signature|content-sha256|trailer"
+    "|decoded-content-length|security-token|user-agent|sdk-.*|checksum-(crc|sha).*)"
 )
 
 
