@@ -1494,6 +1494,8 @@ class Store(Protocol):
 class FileContent:
     """An open file: whatever replaces it, it stays what it was."""
 
+    status: os.stat_result  # when it was described
+
     def __init__(self, file: int) -> None:
         self.file = file  # the descriptor
 
@@ -1854,7 +1856,7 @@ class FileStore:
         for _ in range(RACE_TRIES):
             content = FileContent(find_file(path, open_file))
             try:
-                status = file_status(content.file)
+                status = content.status = file_status(content.file)
                 info, holds = self._describe(content.file, bucket, key, status)
                 if holds or os.path.samestat(file_status(path), status):
                     return info, content
@@ -2078,7 +2080,8 @@ class FileStore:
             os.close(file)
 
     def _append(self, file: int, content: FileContent, size: int) -> None:
-        """Copy `size` bytes to the end of a file, inside the kernel where it can."""
+        """Copy `size` bytes to the end of a file, inside the kernel where it can. SlowDown if
+        somebody edits them meanwhile: they may not be what the ETag says."""
         copied = 0
         try:
             while copied < size and (
@@ -2091,8 +2094,9 @@ class FileStore:
             for data in content.chunks(0, size):  # no such call, or not between these file systems
                 write_all(file, memoryview(data))
                 copied += len(data)
-        if copied < size:
-            raise S3Error("InternalError", "The source was cut short while it was copied.")
+        then, now = content.status, os.fstat(content.file)
+        if copied < size or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise S3Error("SlowDown", "The source was changed while it was copied.")
 
     def _publish(
         self, file: int, temp: str, bucket: str, info: ObjectInfo, condition: Condition
