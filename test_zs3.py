@@ -3441,6 +3441,37 @@ def test_a_listing_reads_a_folder_that_changes_all_the_time_once(
     assert read.count(f"{bucket}/") == 1 and len(looked_at) == 20
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_listing_shows_files_that_are_replaced_while_their_folder_is_read(
+    times: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tmpfs, a read of the folder misses them. It ends even if the folder never rests."""
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    keys = [f"k{number}" for number in range(2000)]
+    for key in keys:
+        (folder / "bucket" / key).touch()
+    os.utime(folder / "bucket", (0, 0))
+    monkeypatch.setattr(zs3, "RACY_SECONDS", 0.0)
+    read_names, reads = zs3.read_names, []
+
+    def busy(path: str) -> Iterator[str]:
+        reads.append(path)
+        names = list(read_names(path))
+        if len(reads) <= times:
+            time.sleep(0.02)  # a tick of the file system's clock
+            (folder / "temporary").touch()
+            os.rename(folder / "temporary", folder / "bucket" / keys[len(reads)])
+            names.remove(keys[len(reads)])
+        yield from names
+
+    monkeypatch.setattr(zs3, "read_names", busy)
+    for _ in range(2):  # what was read meanwhile is not remembered
+        found = [info.key for info in store.scan("bucket", "", "", "")]
+        assert found == sorted(keys)
+    assert reads.count(f"{folder}/bucket/") == (3 if times == 1 else 2 * (1 + zs3.REREADS))
+
+
 # --- Multipart -----------------------------------------------------------------------------------
 
 PARTS = [b"a" * MIN_PART, b"b" * (MIN_PART + 7), b"c"]

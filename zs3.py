@@ -137,6 +137,7 @@ STOP_SECONDS = 0.01  # between two looks whether all requests are answered after
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
+REREADS = 2  # of a folder that changes while it is read
 RESPAWN_SECONDS = 1.0  # before a worker that ended is replaced: what ended it may be lasting
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
 STACK_BYTES = MiB  # of a connection's thread: a key of 512 folders is listed by as many generators
@@ -1570,8 +1571,9 @@ class DirectoryCache:
         self._names = 0
 
     def names(self, path: str) -> list[str]:
-        """What read_names yields, sorted; [] for a directory that is not there. The "/" gives the
-        order of the keys: "a-b" (0x2d) comes before what is under "a/" (0x2f)."""
+        """What read_names yields, sorted, perhaps with what is gone by now; [] for a directory that
+        is not there. The "/" gives the order of the keys: "a-b" (0x2d) comes before what is under
+        "a/" (0x2f)."""
         try:
             status = os.stat(path)
             identity = file_identity(status)
@@ -1582,6 +1584,11 @@ class DirectoryCache:
                     return entry[1]
             settled = time.time() - max(status.st_mtime, status.st_ctime) > RACY_SECONDS
             names = sorted(read_names(path))
+            for _ in range(REREADS):  # on tmpfs, a read misses what is replaced meanwhile
+                if (latest := file_identity(os.stat(path))) == identity:
+                    break
+                identity, settled = latest, False
+                names = sorted({*names, *read_names(path)})
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise
