@@ -6272,8 +6272,9 @@ def test_metadata_without_extended_attributes(
         s3.on_bucket("DELETE").ok()
         assert s3.service().texts("Buckets/Bucket/Name") == []
         s3.close()
-        monkeypatch.setattr(zs3, "TEMP_SECONDS", -1.0)
-        zs3.FileStore(str(folder))._sweep()  # takes what described files before they were edited
+        monkeypatch.setattr(zs3, "DESCRIPTION_SECONDS", -1.0)
+        for _ in range(2):
+            zs3.FileStore(str(folder))._sweep()  # takes what described files that were edited
         left = [
             path
             for path in folder.rglob("*")
@@ -6499,19 +6500,27 @@ def test_stale_uploads_and_temporary_files_are_removed_at_start(folder: Path) ->
         s3.close()
 
 
-def test_the_sweep_leaves_what_was_just_restored_from_an_old_backup(
+def test_the_sweep_leaves_a_description_for_seven_days_without_its_object(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As tar and rsync do it: .meta before the bucket, and with the times of then."""
+    """A folder may be moved away and back; tar and rsync restore .meta before the bucket, and with
+    the times of then."""
     store = without_attributes(folder, monkeypatch)
     info = stored(store, b"x", kind="text/x")
     age(folder / ".meta", 8 * DAY)
-    os.rename(folder / "bucket" / "k", folder / "not yet restored")
-    store._sweep()
-    os.rename(folder / "not yet restored", folder / "bucket" / "k")
-    assert store.stat_object("bucket", "k") == info
+    clock = time.time
+    for _ in range(2):
+        os.rename(folder / "bucket" / "k", folder / "away")
+        monkeypatch.setattr(time, "time", lambda: clock() + 8 * DAY)
+        store._sweep()  # it is older than seven days, but not missed for so long
+        monkeypatch.setattr(time, "time", lambda: clock() + 6 * DAY)
+        store._sweep()
+        os.rename(folder / "away", folder / "bucket" / "k")
+        assert store.stat_object("bucket", "k") == info
+        store._sweep()
     (folder / "bucket" / "k").unlink()
-    monkeypatch.setattr(zs3, "TEMP_SECONDS", -1.0)
+    store._sweep()
+    monkeypatch.setattr(time, "time", lambda: clock() + 8 * DAY)
     store._sweep()
     assert [path.name for path in (folder / ".meta").rglob("*") if path.is_file()] == ["created"]
 

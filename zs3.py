@@ -137,6 +137,7 @@ STOP_SECONDS = 0.01  # between two looks whether all requests are answered after
 SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
+DESCRIPTION_SECONDS = 7 * 24 * 3600.0  # without its object, which may come back from a backup
 REREADS = 2  # of a folder that changes while it is read
 RESPAWN_SECONDS = 1.0  # before a worker that ended is replaced: what ended it may be lasting
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
@@ -2203,14 +2204,24 @@ class FileStore:
             time.sleep(SWEEP_SECONDS)
 
     def _sweep(self) -> None:
-        """Remove temporary files that no server writes any more, and descriptions of nothing."""
-        horizon = time.time() - TEMP_SECONDS
+        """Remove temporary files that no server writes any more, and descriptions that are without
+        their object for long. One that is so for the first time gets the mtime 0, and so a ctime
+        from which that counts."""
+        now = time.time()
         for path in files_below(f"{self._root}/.tmp"):
-            self._remove_if_old(path, horizon)
+            self._remove_if_old(path, now - TEMP_SECONDS)
         for bucket in os.listdir(f"{self._root}/.meta"):
             for path in files_below(f"{self._root}/.meta/{bucket}"):
-                if not path.endswith("/created") and not self._side_in_use(bucket, path):
-                    self._remove_if_old(path, horizon)
+                if not path.endswith("/created"):
+                    self._sweep_side(bucket, path, now - DESCRIPTION_SECONDS)
+
+    def _sweep_side(self, bucket: str, path: str, horizon: float) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another server sweeps too
+            was_missed, is_missed = os.stat(path).st_mtime == 0, not self._side_in_use(bucket, path)
+            if was_missed != is_missed:
+                os.utime(path, (0, 0) if is_missed else None)
+            elif is_missed:
+                self._remove_if_old(path, horizon)
 
     def _remove_if_old(self, path: str, horizon: float) -> None:
         with contextlib.suppress(FileNotFoundError):  # another server sweeps too
