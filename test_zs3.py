@@ -5336,6 +5336,23 @@ def test_at_the_limit_of_connections_a_silent_one_has_to_go(folder: Path) -> Non
         s3.close()
 
 
+def test_at_the_limit_of_connections_refused_uploads_have_to_go(folder: Path) -> None:
+    """Their clients are read on, and keep nobody out."""
+    run = CHANGED.format("zs3.MAX_CONNECTIONS, zs3.OWN_SECONDS, zs3.LINGER_SECONDS = 3, 0.2, 60.0")
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
+        s3 = server.client("bucket")
+        with contextlib.ExitStack() as held:
+            for _ in range(3):
+                upload = held.enter_context(s3.connect())
+                upload.send(b"PUT /bucket/k HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n")
+                assert upload.answer().error == "AccessDenied"
+            time.sleep(0.3)
+            connection = held.enter_context(s3.connect())
+            connection.send(signed_get(s3, "k"))
+            assert connection.answer().error == "NoSuchKey"
+        s3.close()
+
+
 def test_workers_share_the_connections(folder: Path) -> None:
     with (
         Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server,

@@ -3571,7 +3571,7 @@ class Connection(BaseRequestHandler):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.wire = Wire(self.socket, self._patiently)
-        self.waits_since = time.monotonic()  # for its next request's head; infinity: it does not
+        self.waits_since = time.monotonic()  # for its next head, or its end; infinity: it does not
 
     def answer_next(self) -> bool:
         """Answer a request. Whether the connection is good for another."""
@@ -3750,7 +3750,8 @@ class Connection(BaseRequestHandler):
 
     def _linger(self) -> None:
         """Read on for a while what a client is still sending, lest it see a reset connection and
-        not our answer. (RFC 9112, 9.6)"""
+        not our answer. (RFC 9112, 9.6) It counts as silent, lest such clients keep others out."""
+        self.waits_since = time.monotonic()
         self.wait()
         deadline = time.monotonic() + LINGER_SECONDS
         waste = bytearray(SMALL_BYTES)
