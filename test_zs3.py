@@ -1860,6 +1860,15 @@ ENCODINGS = {
 }  # fmt: skip
 
 
+def test_an_empty_header_is_not_kept(s3: Client) -> None:
+    """Browsers send an empty Content-Type with a file of unknown type."""
+    names = (*zs3.STORED_HEADERS, "x-amz-meta-a")
+    s3.put("k", b"x", **{name.replace("-", "_"): "" for name in names}).ok()
+    headers = s3.head("k").ok().headers
+    assert headers["content-type"] == "binary/octet-stream" and headers["x-amz-meta-a"] == ""
+    assert headers.keys() & {*names} == {"content-type", "x-amz-meta-a"}
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_aws_chunked_is_no_content_encoding_of_the_object(s3: Client, encoding: str) -> None:
     upload(

@@ -2493,9 +2493,10 @@ def refuse_headers(headers: Mapping[str, str]) -> None:
 
 
 def stored_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of a request that its object keeps: x-amz-meta-* and those of STORED_HEADERS,
-    without `aws-chunked`, which was the encoding of the request. MetadataTooLarge."""
-    kept = {name: headers[name] for name in STORED_HEADERS if name in headers}
+    """The headers of a request that its object keeps: x-amz-meta-*, and those of STORED_HEADERS
+    that say anything (browsers send an empty Content-Type with a file of unknown type), without
+    `aws-chunked`, which was the encoding of the request. MetadataTooLarge."""
+    kept = {name: headers[name] for name in STORED_HEADERS if headers.get(name)}
     codings = [coding.strip() for coding in kept.pop("content-encoding", "").split(",")]
     if rest := ", ".join(coding for coding in codings if coding not in ("", "aws-chunked")):
         kept["content-encoding"] = rest
