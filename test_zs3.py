@@ -9323,6 +9323,28 @@ def test_deleting_a_bucket_leaves_the_uploads_of_one_made_anew_meanwhile(
     assert left == [f"bucket/{'0' * 32}/00001"]
 
 
+@pytest.mark.parametrize("in_a_cluster", [False, True])
+def test_an_upload_begun_while_its_bucket_is_deleted_is_not_in_the_next_of_that_name(
+    in_a_cluster: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = lonely.store if in_a_cluster else zs3.FileStore(str(tmp_path / "data"))
+    store.create_bucket("bucket")
+    request = zs3.Request("POST", "/bucket/k", "uploads", {}, zs3.Settings({}))
+    request.bucket, request.key = "bucket", "k"
+    request.body = zs3.Body(io.BytesIO(), 0)
+    put = store.put_object
+
+    def put_late(*given: Any) -> zs3.ObjectInfo:
+        zs3.delete_bucket(store, request)
+        return put(*given)
+
+    monkeypatch.setattr(store, "put_object", put_late)
+    with raises("NoSuchBucket"):
+        zs3.create_multipart_upload(store, request)
+    store.create_bucket("bucket")
+    assert zs3.upload_ids(store, "bucket") == set()
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(
     deleted: bool, lonely: Lonely, monkeypatch: pytest.MonkeyPatch

@@ -3053,6 +3053,11 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     upload_id = f"{time.time_ns():016x}{secrets.token_hex(8)}"  # in the order of time
     key, headers = f"{request.bucket}/{upload_id}/00000", stored_headers(request.headers)
     store.put_object(UPLOADS, key, Body(io.BytesIO(), 0), headers | described, NO_CONDITION)
+    try:
+        store.stat_bucket(request.bucket)
+    except S3Error:  # deleted meanwhile: the next bucket of its name is not to have the upload
+        discard_upload(store, request.bucket, upload_id)
+        raise
     names = {"Bucket": request.bucket, "Key": request.key, "UploadId": upload_id}
     response = document("InitiateMultipartUploadResult", **names)
     if algorithm:
