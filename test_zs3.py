@@ -4362,11 +4362,16 @@ def test_anyone_may_read_a_public_object_with_an_unknown_parameter(s3: Client, q
     assert s3.unsigned("GET", f"/public-bucket/k?{query}").ok().body == b"for all"
     assert s3.unsigned("HEAD", f"/public-bucket/k?{query}").ok().headers["content-length"] == "7"
     assert s3.unsigned("PUT", f"/public-bucket/k?{query}").error == "AccessDenied"
-    for name in ("acl", "uploadId=", "torrent", "versions"):
+    for name in ("acl", "uploadId=", "torrent", "versions", "session=1", "policy=x"):
         answer = s3.unsigned("GET", f"/public-bucket/k?{name}&{query}")
         assert answer.error in ("NotImplemented", "AccessDenied")
     public.delete("k").ok()
     public.close()
+
+
+def test_the_expected_owner_of_a_bucket_is_ignored(s3: Client) -> None:
+    s3.put("k", b"x", x_amz_expected_bucket_owner="111122223333").ok()
+    assert s3.get("k", x_amz_expected_bucket_owner="444455556666").ok().body == b"x"
 
 
 ORIGIN = "https://app.example"
