@@ -9337,15 +9337,24 @@ def test_an_upload_begun_while_its_bucket_is_deleted_is_not_in_the_next_of_that_
     request = zs3.Request("POST", "/bucket/k", "uploads", {}, zs3.Settings({}))
     request.bucket, request.key = "bucket", "k"
     request.body = zs3.Body(io.BytesIO(), 0)
-    put = store.put_object
+    put, delete = store.put_object, store.delete_bucket
 
     def put_late(*given: Any) -> zs3.ObjectInfo:
         zs3.delete_bucket(store, request)
         return put(*given)
 
-    monkeypatch.setattr(store, "put_object", put_late)
-    with raises("NoSuchBucket"):
+    def delete_late(bucket: str) -> None:
+        assert zs3.create_multipart_upload(store, request).status == 200
+        delete(bucket)
+
+    with monkeypatch.context() as patch, raises("NoSuchBucket"):
+        patch.setattr(store, "put_object", put_late)
         zs3.create_multipart_upload(store, request)
+    store.create_bucket("bucket")
+    assert zs3.upload_ids(store, "bucket") == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_bucket", delete_late)
+        zs3.delete_bucket(store, request)
     store.create_bucket("bucket")
     assert zs3.upload_ids(store, "bucket") == set()
 

@@ -2579,6 +2579,12 @@ def delete_bucket(store: Store, request: Request) -> Response:
     """DELETE /bucket. Its uploads in progress go with it; not those of one made anew meanwhile."""
     uploads = upload_ids(store, request.bucket)
     store.delete_bucket(request.bucket)
+    begun_meanwhile = upload_ids(store, request.bucket)
+    try:
+        store.stat_bucket(request.bucket)
+    except S3Error as error:
+        if error.code == "NoSuchBucket":
+            uploads |= begun_meanwhile
     for upload_id in uploads:
         with ending(store, request.bucket, upload_id):
             discard_upload(store, request.bucket, upload_id)
