@@ -6550,6 +6550,7 @@ def test_the_sweep_leaves_a_description_for_seven_days_without_its_object(
         assert store.stat_object("bucket", "k") == info
         store._sweep()
     (folder / "bucket" / "k").unlink()
+    (folder / ".meta" / "bucket" / "strange").write_text('{"key": "\\ud800"}')
     store._sweep()
     monkeypatch.setattr(time, "time", lambda: clock() + 8 * DAY)
     store._sweep()

@@ -2234,6 +2234,7 @@ class FileStore:
         try:
             with open(path, "rb") as side:
                 key = str(json.loads(side.read())["key"])
+            key.encode()  # JSON may hold half a character
         except (FileNotFoundError, ValueError, LookupError, TypeError):
             return False  # gone, torn by a crash before its object appeared, or somebody else's
         for candidate in self._paths(bucket, key) if key else ():
