@@ -1631,10 +1631,61 @@ def file_status(file: str | int) -> os.stat_result:
     return status
 
 
-# What a walk finds: key, LITERAL or SPECIAL, and path. With a "/" at its end the path is a folder,
-# and the key the common prefix that any one file below it stands for.
-Found = tuple[str, int, str]
-LITERAL, SPECIAL = 0, 1
+Found = tuple[str, str]  # by a walk: the part of a path that is or spells a key, and the path
+
+
+class Walk:
+    """Finds files below a folder in the order of their names: those that begin with `prefix` and
+    are not below `start`, which may be moved on meanwhile. If `grouped`, a folder beyond the prefix
+    is found instead of its files, with a "/" at its end. None is entered that has more than
+    `longest` characters."""
+
+    def __init__(
+        self, directories: DirectoryCache, prefix: str, start: str, grouped: bool, longest: int
+    ) -> None:
+        self._directories, self._prefix, self.start = directories, prefix, start
+        self._grouped, self._longest = grouped, longest
+
+    def below(self, folder: str, base: str = "") -> Iterator[Found]:
+        """What is below `folder`, which ends with "/", and is called `base`."""
+        names = self._directories.names(folder)
+        prefix, start, inside, at = self._prefix, "", "", 0
+        while at < len(names):
+            if start != self.start:
+                start = self.start
+                inside = start[len(base) :] if start.startswith(base) else ""
+                if start > base and not inside:
+                    return
+                head, slash, _ = inside.partition("/")
+                at = bisect_left(names, head + slash, at)
+                continue
+            name = base + names[at]
+            path = folder + names[at]
+            at += 1
+            if not name.startswith(prefix) and not prefix.startswith(name):
+                if name > prefix:
+                    return
+            elif not name.endswith("/"):
+                if name.startswith(prefix):
+                    yield name, path
+            elif self._grouped and len(name) > len(prefix) and not start.startswith(name):
+                yield name, path
+            elif len(name) <= self._longest:
+                yield from self.below(path, name)
+
+
+def any_file(folder: str, base: str) -> Iterator[Found]:
+    """Files at or below a folder called `base`, in no order, without reading more of it than asked
+    for."""
+    try:
+        for name in read_names(folder):
+            if not name.endswith("/"):
+                yield base + name, folder + name
+            elif len(base) <= MAX_KEY_BYTES:
+                yield from any_file(folder + name, base + name)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise  # else it was removed meanwhile, or is lost+found
 
 
 def make_own_folders(root: str) -> None:
@@ -1900,39 +1951,36 @@ class FileStore:
         """A directory is one group of keys when the delimiter is "/": one file in it will do."""
         self._require_bucket(bucket)
         start = max(start, prefix)
-        starts = [start, spell(start)]
-        folder = f"{self._root}/.keys/{bucket}/"
-        spelled = self._walk(folder, "", SPECIAL, spell(prefix), starts, False, sys.maxsize)
+        special = Walk(self._directories, spell(prefix), spell(start), False, sys.maxsize)
+        spelled = special.below(f"{self._root}/.keys/{bucket}/")
+        keys = ((unspell(name), name, path) for name, path in spelled)
         # A name that spell never gives, like that of somebody's .DS_Store, is no object's.
-        keys = ((unspell(name), name, path) for name, _, path in spelled)
-        special = ((key, SPECIAL, path) for key, name, path in keys if spell(key) == name)
-        folder, grouped = self._bucket_path(bucket) + "/", delimiter == "/"
-        literal = self._walk(folder, "", LITERAL, prefix, starts, grouped, MAX_KEY_BYTES)
-        return self._stat_all(bucket, heapq.merge(special, literal), starts, prefix, delimiter)
-
-    def _stat_all(
-        self, bucket: str, found: Iterable[Found], starts: list[str], prefix: str, delimiter: str
-    ) -> Iterator[ObjectInfo]:
-        """The objects found, one of each group. Where a group ends, the walks are to go on: without
-        a look at its other files, and without reading a folder again that changes all the time."""
+        found = ((key, path) for key, name, path in keys if spell(key) == name)
+        literal = Walk(self._directories, prefix, start, delimiter == "/", MAX_KEY_BYTES)
+        # Of two with one key the literal comes first, which hides the other.
+        both = heapq.merge(
+            literal.below(self._bucket_path(bucket) + "/"), found, key=lambda each: each[0]
+        )
         last = ""
-        for key, _, path in found:
-            if key == last or key < starts[LITERAL]:
-                continue  # hidden by its literal path, or one of its group was shown
+        for key, path in both:
+            if key == last or key < literal.start:
+                continue  # hidden, or found before the walks moved on
             info = self._stat_any(path, bucket, key)
             if info is None:
                 continue
             yield info
             last = key
+            # The walks go on behind its group: nobody looks at the other files of that, nor reads a
+            # busy folder again for each of its groups.
             if group := common_prefix(info.key, prefix, delimiter):
                 following = successor(group)
                 if following is None:
                     return
-                starts[:] = following, spell(following)
+                literal.start, special.start = following, spell(following)
 
     def _stat_any(self, path: str, bucket: str, key: str) -> ObjectInfo | None:
         """The object that a walk found; of a folder, the first that is there."""
-        for name, file in self._any_file(path, key) if path[-1] == "/" else ((key, path),):
+        for name, file in any_file(path, key) if path[-1] == "/" else ((key, path),):
             if len(name) > MAX_KEY_BYTES // 4 and len(name.encode()) > MAX_KEY_BYTES:
                 continue  # a file that somebody put too deep for a key
             try:
@@ -1940,51 +1988,6 @@ class FileStore:
             except (FileNotFoundError, PermissionError):
                 continue  # deleted meanwhile; in a folder that may be read but not entered
         return None
-
-    def _walk(
-        self, folder: str, base: str, kind: int, prefix: str, starts: list[str], grouped: bool,
-        longest: int,
-    ) -> Iterator[Found]:
-        """The files at or below `folder`, whose keys begin with `base`, as scan wants them, not
-        below starts[kind], which may grow meanwhile. `folder` ends with "/"."""
-        names = self._directories.names(folder)
-        at, start, inside = 0, "", ""
-        while at < len(names):
-            if start != starts[kind]:
-                start = starts[kind]
-                inside = start[len(base) :] if start.startswith(base) else ""
-                if start > base and not inside:
-                    return
-                head, slash, _ = inside.partition("/")
-                at = bisect_left(names, head + slash, at)
-                continue
-            name = names[at]
-            key = base + name
-            at += 1
-            if not key.startswith(prefix) and not prefix.startswith(key):
-                if key > prefix:
-                    return
-            elif not name.endswith("/"):
-                if key.startswith(prefix):
-                    yield key, kind, folder + name
-            elif grouped and len(key) > len(prefix) and not inside.startswith(name):
-                yield key, kind, folder + name
-            elif len(key) <= longest:
-                path = folder + name
-                yield from self._walk(path, key, kind, prefix, starts, grouped, longest)
-
-    def _any_file(self, folder: str, base: str) -> Iterator[tuple[str, str]]:
-        """Key and path of files at or below a folder, in no order, without reading more of it than
-        asked for."""
-        try:
-            for name in read_names(folder):
-                if not name.endswith("/"):
-                    yield base + name, folder + name
-                elif len(base) <= MAX_KEY_BYTES:
-                    yield from self._any_file(folder + name, base + name)
-        except OSError as error:
-            if error.errno not in UNREADABLE:
-                raise  # else it was removed meanwhile, or is lost+found
 
     # --- Writing ---
 
