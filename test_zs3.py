@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import hmac
 import http.client
@@ -3475,10 +3476,15 @@ def test_a_listing_shows_files_that_are_replaced_while_their_folder_is_read(
         yield from names
 
     monkeypatch.setattr(zs3, "read_names", busy)
+    monkeypatch.setattr(os, "major", lambda device: 0)
     for _ in range(2):  # what was read meanwhile is not remembered
         found = [info.key for info in store.scan("bucket", "", "", "")]
         assert found == sorted(keys)
     assert reads.count(f"{folder}/bucket/") == (3 if times == 1 else 2 * (1 + zs3.REREADS))
+    monkeypatch.setattr(os, "major", lambda device: 8)  # a disk
+    reads.clear()
+    assert len(list(store.scan("bucket", "", "", ""))) == 2000 - times // 1000
+    assert reads.count(f"{folder}/bucket/") == times // 1000
 
 
 # --- Multipart -----------------------------------------------------------------------------------
@@ -5367,6 +5373,27 @@ def test_at_the_limit_of_connections_refused_uploads_have_to_go(folder: Path) ->
         s3.close()
 
 
+def test_an_abort_that_waits_for_a_complete_keeps_nobody_waiting(folder: Path) -> None:
+    with Server(ACL, "--bucket=bucket", data=folder) as server, contextlib.ExitStack() as held:
+        s3 = server.client("bucket")
+        query = f"uploadId={s3.create_upload('k')}"
+        path = key_path(s3.bucket, "k")
+        signed = s3.signed_head("DELETE", path, query)
+        (record,) = (folder / ".uploads").rglob("00000")
+        with open(record, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            aborts = [held.enter_context(s3.connect()) for _ in range(30)]
+            for abort in aborts:
+                abort.send(head_bytes("DELETE", f"{path}?{query}", signed))
+            began = time.monotonic()
+            with s3.connect() as connection:
+                connection.send(signed_get(s3, "k"))
+                assert connection.answer().error == "NoSuchKey"
+            assert time.monotonic() - began < 15 * zs3.TURN_SECONDS
+        assert sorted(abort.answer().status for abort in aborts) == [204] + 29 * [404]
+        s3.close()
+
+
 def test_workers_share_the_connections(folder: Path) -> None:
     with (
         Server(ACL, "--bucket=bucket", "--workers=2", data=folder) as server,
@@ -6551,7 +6578,19 @@ def test_the_sweep_leaves_a_description_for_seven_days_without_its_object(
         store._sweep()
     (folder / "bucket" / "k").unlink()
     (folder / ".meta" / "bucket" / "strange").write_text('{"key": "\\ud800"}')
-    store._sweep()
+    (folder / ".meta" / "bucket" / "deep").write_text("[" * 100_000)
+    refused = [PermissionError(errno.EPERM, "of another owner"), None, None]
+    real = os.utime
+
+    def utime(path: str, times: tuple[int, int] | None) -> None:
+        if error := refused.pop():
+            raise error
+        real(path, times and (DAY * 3652, DAY * 3652))  # FAT takes nothing before 1980
+
+    monkeypatch.setattr(os, "utime", utime)
+    for _ in range(2):
+        refused.append(None)
+        store._sweep()
     monkeypatch.setattr(time, "time", lambda: clock() + 8 * DAY)
     store._sweep()
     assert [path.name for path in (folder / ".meta").rglob("*") if path.is_file()] == ["created"]
@@ -8995,6 +9034,9 @@ def test_provider_records_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch
     providers.add("a" * 64, holder, 0.0)
     assert providers.get("a" * 64, 86399.0) == [holder]
     assert providers.get("a" * 64, 86400.0) == []
+    for i in range(5):  # each of its holders is another node's disk
+        providers.add("a" * 64, Contact(i, "b:1"), 86400.0 * (i + 1))
+    assert len(providers._records["a" * 64]) == 1
     monkeypatch.setattr(zs3_dist, "MAX_PROVIDED", 10)
     for i in range(20):
         providers.add(f"{i:064x}", holder, 1.0)
@@ -10034,6 +10076,30 @@ def test_the_kernel_chooses_the_interface_of_an_address_that_is_elsewhere(
     host: str, interface: str
 ) -> None:
     assert zs3_dist.interface_of(host) == interface
+
+
+def test_a_node_that_cannot_be_announced_hears_the_others(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mute(socket.socket):
+        def sendto(self, *_: object) -> int:
+            raise PermissionError(errno.EPERM, "a firewall")
+
+    member = zs3_dist.Membership(lonely.store, [], 3)
+    packet = zs3_dist.pack(["f" * 40, "127.0.0.1:10"])
+    packet = lonely.peer.mark(packet) + packet
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        zs3_dist.join_group(other, "127.0.0.1")
+        monkeypatch.setattr(socket, "socket", Mute)
+        job = threading.Thread(target=member.discover)
+        job.start()
+        deadline = time.monotonic() + 10
+        while not member.discovered and job.is_alive() and time.monotonic() < deadline:
+            other.sendto(packet, zs3_dist.DISCOVERY_GROUP)
+            time.sleep(0.05)
+        lonely.store.closing.set()
+        job.join()
+    assert member.discovered == {"127.0.0.1:10"}
 
 
 def test_without_a_network_it_is_said_that_others_need_another_address(

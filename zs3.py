@@ -138,6 +138,7 @@ SHUTDOWN_SECONDS = 20.0  # requests under way may take this long after SIGTERM
 TEMP_SECONDS = 3600.0  # an untouched temporary file is older than any live request
 RACY_SECONDS = 2.0  # a folder changed just now may change again within one tick of its mtime
 DESCRIPTION_SECONDS = 7 * 24 * 3600.0  # without its object, which may come back from a backup
+EARLIEST_SECONDS = 11 * 366 * 24 * 3600.0  # after 1970; FAT says 1980 where it is told less
 REREADS = 2  # of a folder that changes while it is read
 RESPAWN_SECONDS = 1.0  # before a worker that ended is replaced: what ended it may be lasting
 SWEEP_SECONDS = 3600.0  # between two looks for stale uploads
@@ -1585,7 +1586,8 @@ class DirectoryCache:
                     return entry[1]
             settled = time.time() - max(status.st_mtime, status.st_ctime) > RACY_SECONDS
             names = sorted(read_names(path))
-            for _ in range(REREADS):  # on tmpfs, a read misses what is replaced meanwhile
+            # On tmpfs, which has no device of its own, a read misses what is replaced meanwhile.
+            for _ in range(REREADS if os.major(status.st_dev) == 0 else 0):
                 if (latest := file_identity(os.stat(path))) == identity:
                     break
                 identity, settled = latest, False
@@ -1880,7 +1882,7 @@ class FileStore:
                 return {}
         try:
             record = json.loads(text.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None  # somebody else's attribute
         return record if isinstance(record, dict) else {}
 
@@ -2219,8 +2221,9 @@ class FileStore:
                     self._sweep_side(bucket, path, now - DESCRIPTION_SECONDS)
 
     def _sweep_side(self, bucket: str, path: str, horizon: float) -> None:
-        with contextlib.suppress(FileNotFoundError):  # another server sweeps too
-            was_missed, is_missed = os.stat(path).st_mtime == 0, not self._side_in_use(bucket, path)
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # swept, or somebody else's
+            was_missed = os.stat(path).st_mtime < EARLIEST_SECONDS
+            is_missed = not self._side_in_use(bucket, path)
             if was_missed != is_missed:
                 os.utime(path, (0, 0) if is_missed else None)
             elif is_missed:
@@ -2238,7 +2241,7 @@ class FileStore:
             with open(path, "rb") as side:
                 key = str(json.loads(side.read())["key"])
             key.encode()  # JSON may hold half a character
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
             return False  # gone, torn by a crash before its object appeared, or somebody else's
         for candidate in self._paths(bucket, key) if key else ():
             with contextlib.suppress(FileNotFoundError):  # try the next
@@ -2363,7 +2366,8 @@ def expire_uploads(store: Store, bucket: str, horizon: float) -> None:
         latest[upload_id] = max(latest.get(upload_id, 0.0), info.modified)
     stale = [upload_id for upload_id, modified in latest.items() if modified < horizon]
     for upload_id in stale:
-        discard_upload(store, bucket, upload_id)
+        with ending(store, bucket, upload_id):
+            discard_upload(store, bucket, upload_id)
     if stale:
         LOG.info("removed %d stale uploads of %s", len(stale), bucket)
 
@@ -2583,12 +2587,10 @@ def delete_bucket(store: Store, request: Request) -> Response:
     """DELETE /bucket. Its uploads in progress go with it; not those of one made anew meanwhile."""
     uploads = upload_ids(store, request.bucket)
     store.delete_bucket(request.bucket)
-    begun_meanwhile = upload_ids(store, request.bucket)
-    try:
-        store.stat_bucket(request.bucket)
-    except S3Error as error:
-        if error.code == "NoSuchBucket":
-            uploads |= begun_meanwhile
+    with contextlib.suppress(S3Error):  # what began meanwhile is else left to --upload-expiry
+        late = upload_ids(store, request.bucket)
+        if request.bucket not in {info.name for info in store.list_buckets()}:
+            uploads |= late
     for upload_id in uploads:
         with ending(store, request.bucket, upload_id):
             discard_upload(store, request.bucket, upload_id)
@@ -3364,8 +3366,9 @@ class Service:
         """Whether the answer may take long, or wait for others; what peers ask does neither."""
         if "x-zs3-seal" in request.headers and request.path.startswith("/_zs3/"):
             return False
+        abort = request.method == "DELETE" and "uploadId" in request.raw_query
         long = request.method == "POST" or "x-amz-copy-source" in request.headers
-        return long or self.store.waits
+        return abort or long or self.store.waits
 
     def respond(self, request: Request) -> Response:
         """The answer, an error too. Only a bug raises."""
@@ -3956,7 +3959,7 @@ class Server(ThreadingHTTPServer):
         silent = min(list(self._connections), key=lambda each: each.waits_since, default=None)
         if silent is None or time.monotonic() - silent.waits_since < OWN_SECONDS:
             return False
-        if has_come([silent]):  # it is not silent, but waits for its turn
+        if not silent.busy and has_come([silent]):  # it is not silent, but waits for its turn
             return False
         silent.end()
         return True

@@ -90,7 +90,7 @@ LOOKUP_WIDTH = 3  # alpha (Kademlia, 2.3)
 REFRESH_SECONDS = 3600.0  # a k-bucket not heard from is looked up (Kademlia, 2.3)
 PROVIDER_SECONDS = 86400.0  # a provider record lives so long (Kademlia, 2.5)
 REPUBLISH_SECONDS = 3600.0  # and is announced anew so often: nodes come and go (Kademlia, 2.5)
-MAX_PROVIDED = 20_000  # blocks whose provider records are kept; those not announced lately go
+MAX_PROVIDED = 10_000  # blocks whose provider records are kept; those not announced lately go
 
 BLOCK_BYTES = 1 << 20  # small, so that dozens of clients' blocks in flight fit in 80 MB
 INLINE_BYTES = 4096  # a body up to this travels in its record
@@ -934,8 +934,9 @@ class Providers:
     def add(self, block: str, holder: Contact, now: float) -> None:
         """`holder` announced `block`."""
         with self._lock:
-            known = self._records.pop(block, {})
-            self._records[block] = {**known, holder.node: (holder, now)}
+            known = self._records.pop(block, {}).items()
+            lately = {node: one for node, one in known if now - one[1] < PROVIDER_SECONDS}
+            self._records[block] = {**lately, holder.node: (holder, now)}
             if len(self._records) > MAX_PROVIDED:
                 del self._records[next(iter(self._records))]
 
@@ -3358,7 +3359,8 @@ class Housekeeping:
             unused = self._unused(batch)
             freed += self._collect(sorted(unused), suspects)
             used = [block for block in batch if block not in unused]
-            self._replicate(used)
+            if used:
+                self._replicate(used)
             if announce:
                 self._announce(used)
             worked = self.node.clock() - began
@@ -3802,8 +3804,11 @@ class Membership:
             group.settimeout(DISCOVERY_SECONDS / 2)
             while not self.store.closing.is_set():
                 if time.monotonic() >= due:
-                    group.sendto(packet, DISCOVERY_GROUP)
                     due = time.monotonic() + DISCOVERY_SECONDS
+                    try:
+                        group.sendto(packet, DISCOVERY_GROUP)
+                    except OSError as error:  # it can hear the others all the same
+                        LOG.warning("this node cannot be announced: %s", error)
                 # Nothing was heard, or no packet of ours.
                 with contextlib.suppress(TimeoutError, ValueError):
                     self._heard_packet(group.recv(1024))
