@@ -387,13 +387,14 @@ class Plan:
     ready: int = 0  # bytes of memory to make ready
 
 
-def make_ready(size: int) -> None:
-    """Use so much memory, but no more than a quarter of what is free, and give it back. In large
-    pages: small ones would be those that were in use just now."""
+def make_ready(size: int, processes: int) -> None:
+    """Use so much memory, but no more than a quarter of what is free, and give it back: the part of
+    one of `processes`. In large pages: small ones would be those that were in use just now."""
     free = os.sysconf("SC_AVPHYS_PAGES") // 4 * mmap.PAGESIZE
-    if pages := min(size, free) // mmap.PAGESIZE:
+    if pages := min(size, free) // processes // mmap.PAGESIZE:
         memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory[::mmap.PAGESIZE] = bytes(pages)
         memory.close()
 
@@ -409,7 +410,7 @@ def generate(plan: Plan, bodies: Bodies, share: slice, gate: Barrier, pipe: Conn
                     plan.keep_alive)
         warm = len(range(plan.warm)[share])
         load.run(iter(requests[:warm]), REQUEST_SECONDS)
-        make_ready(plan.ready // share.step)
+        make_ready(plan.ready, share.step)
         gate.wait(REQUEST_SECONDS)
         pipe.send(load.run(iter(requests[warm:]), plan.seconds))
     except (OSError, threading.BrokenBarrierError) as error:
