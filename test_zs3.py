@@ -8198,15 +8198,22 @@ def test_an_object_can_be_written_after_a_deletion_of_its_bucket_died() -> None:
     assert record is not None and record["bucket"]["state"] == "open"
 
 
+def owners_by_distance(writer: int) -> tuple[Net, int, list[SimCluster]]:
+    """The owners of "bucket", nearest to its point first, and that point; the owner of that place
+    made the bucket and wrote the object."""
+    net = Net(5, 3)
+    target = zs3_dist.target_of(b"bucket")
+    nodes = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
+    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
+    nodes[writer].run(nodes[writer].rounds.change("bucket", "", lambda current: record))
+    put(nodes[writer], OLD)
+    return net, target, nodes
+
+
 def test_what_a_new_owner_pulled_is_no_vote() -> None:
     """Two changes failed half-way, each with one owner: which of them was, all readers agree on,
     also after two of three owners changed while the one with the later change was away."""
-    net = Net(5, 3)
-    target = zs3_dist.target_of(b"bucket")
-    away, one, two = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
-    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
-    one.run(one.rounds.change("bucket", "", lambda current: record))
-    put(one, OLD)
+    net, target, (away, one, two) = owners_by_distance(writer=1)
     base = one.node.registers.slot("bucket", "k").accepted
     low, high = (f"{1:08x}{counter:012x}{'0' * 16}" for counter in (600, 601))
     for ballot, owner, asked, text in (
@@ -8239,12 +8246,7 @@ def test_a_new_owner_takes_a_tombstone_below_the_floor_that_it_took_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A floor stands for all keys of a bucket: it does not say which tombstones were dropped."""
-    net = Net(5, 3)
-    target = zs3_dist.target_of(b"bucket")
-    one, late, third = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
-    record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
-    one.run(one.rounds.change("bucket", "", lambda current: record))
-    put(one, OLD)
+    net, target, (one, late, third) = owners_by_distance(writer=0)
     let_know(net, late)
     one.rounds.ballots.observe(f"{1:08x}{500:012x}{'0' * 16}")
     one.run(one.rounds.change("bucket", "z", lambda current: value_of(NEW)))

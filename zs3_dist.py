@@ -3072,7 +3072,7 @@ class DistributedStore:
             return self._commit(bucket, key, info, stored, condition, pin, proviso)
 
     def hold(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
-        """Nothing: the proviso of concatenate decides."""
+        """Nothing: the proviso of concatenate decides, but for an Abort beside it."""
         return contextlib.nullcontext()
 
     def _join(self, parts: Sequence[ObjectInfo], pin: Pin) -> Value:
