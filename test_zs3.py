@@ -3687,6 +3687,8 @@ def test_completing_twice_with_the_same_list_succeeds(s3: Client) -> None:
     second = s3.complete("k", number, [(1, part.etag)]).ok()
     assert second.text("ETag") == first.text("ETag")
     assert s3.put_part("k", number, 2, b"x").error == "NoSuchUpload"
+    for declared in ({"x_amz_mp_object_size": "2"}, {"x_amz_checksum_crc32": "AAAAAA=="}):
+        assert s3.complete("k", number, [(1, part.etag)], **declared).status == 400
     s3.put("k", b"newer").ok()
     assert s3.complete("k", number, [(1, part.etag)]).error == "NoSuchUpload"
     assert unchanged(s3, "k", b"newer")
@@ -3979,7 +3981,24 @@ def test_completing_an_upload_at_the_key_of_a_copy_is_NoSuchUpload(
     s3.complete("source", number, parts).ok()
     s3.copy("source", "k", x_amz_metadata_directive=directive).ok()
     assert s3.complete("k", number, parts).error == "NoSuchUpload"
+    assert s3.complete("k", "", parts).error == "NoSuchUpload"
     s3.complete("source", number, parts).ok()
+
+
+def test_a_part_whose_upload_was_aborted_meanwhile_is_NoSuchUpload(s3: Client) -> None:
+    """And leaves nothing, as nobody could remove it."""
+    number, body = s3.create_upload("k"), bytes(range(256)) * 1000
+    path, query = key_path(s3.bucket, "k"), f"partNumber=1&uploadId={number}"
+    headers = {"content-length": str(len(body))}
+    with s3.connect() as connection:
+        head = s3.signed_head("PUT", path, query, headers)
+        connection.send(head_bytes("PUT", f"{path}?{query}", head) + body[:1000])
+        time.sleep(0.1)
+        s3.on_key("DELETE", "k", {"uploadId": number}).ok()
+        connection.send(body[1000:])
+        assert connection.answer().error == "NoSuchUpload"
+    if s3.folder:
+        assert not (s3.folder.parent / ".uploads" / s3.bucket).exists()
 
 
 def test_a_range_across_parts(s3: Client) -> None:
@@ -4426,7 +4445,8 @@ def test_a_cors_request_gets_its_headers_also_when_it_fails(s3: Client) -> None:
         if answer.headers["access-control-allow-origin"] != "*":
             assert "origin" in answer.headers["vary"].lower()
     assert "access-control-allow-origin" not in s3.get("k", origin="https://evil.example").headers
-    assert "access-control-allow-origin" not in s3.get("k").headers
+    plain = s3.get("k").headers  # which a cache is not to give to a page
+    assert "access-control-allow-origin" not in plain and plain["vary"] == "Origin"
 
 
 @pytest.mark.parametrize(
@@ -5001,14 +5021,20 @@ def test_beside_a_long_request_the_others_go_on_one_after_the_other(
 def test_a_client_that_keeps_us_waiting_has_to_go_where_no_thread_is_to_be_had(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with InProcess(lambda request: zs3.Response(200)) as server, server.connect() as client:
+    def respond(request: zs3.Request) -> zs3.Response:
+        with contextlib.suppress(zs3.S3Error):
+            request.wire.read()
+        return zs3.Response(200)
+
+    with InProcess(respond) as server, server.connect() as client:
         client.sendall(PLAIN_GET)
         assert client.recv(4096)
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", no_thread)
             server.server._spare = 0
-            client.sendall(PLAIN_GET[:5])
-            assert client.recv(4096) == b"" and "can't start new thread" in caplog.text
+            client.sendall(b"PUT /k HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\n")
+            assert client.recv(4096) and client.recv(4096) == b""
+            assert "can't start new thread" in caplog.text
             with server.connect() as other:
                 other.sendall(PLAIN_GET)
                 assert other.recv(12) == b"HTTP/1.1 200"
@@ -5330,9 +5356,64 @@ def test_connections_that_are_silent_have_no_threads(folder: Path) -> None:
         s3.close()
 
 
+def test_a_head_may_come_in_drops_and_takes_no_thread(folder: Path) -> None:
+    with Server(ACL, data=folder) as server, contextlib.ExitStack() as held:
+        address = ("127.0.0.1", server.port)
+        clients = [held.enter_context(socket.create_connection(address)) for _ in range(50)]
+        head = b"\r\n\r\nGET /_zs3/health HTTP/1.1\r\nhost: a\r\n\r\n"
+        for at in range(len(head)):
+            for client in clients:
+                client.sendall(head[at : at + 1])
+            if at == 20:
+                assert len(os.listdir(f"/proc/{server.process.pid}/task")) < 10
+        for client in clients:
+            assert client.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_head_has_to_come_in_time_however_many_drops_it_has(folder: Path) -> None:
+    run = CHANGED.format("zs3.SOCKET_SECONDS = 1.0")
+    with Server(ACL, data=folder, prelude=run) as server:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.settimeout(0.2)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    client.sendall(b"G")
+                    with contextlib.suppress(TimeoutError):
+                        if client.recv(1) == b"":
+                            break
+        assert 0.9 < time.monotonic() - began < 10
+
+
+FEW_FILES = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+
+
+def test_silent_connections_leave_files_for_those_who_ask(folder: Path) -> None:
+    run = FEW_FILES + CHANGED.format("zs3.OWN_SECONDS = 0.0")
+    with (
+        Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server,
+        contextlib.ExitStack() as held,
+    ):
+        for _ in range(100):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        for _ in range(5):
+            s3 = server.client("bucket")
+            s3.put("k", DATA).ok()
+            assert s3.get("k").ok().body == DATA
+            s3.close()
+
+
 def test_at_the_limit_of_open_files_a_silent_connection_has_to_go(folder: Path) -> None:
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-    run = limit + CHANGED.format("zs3.OWN_SECONDS = 0.1")
+    """As when others have the files: half of them are for connections."""
+    change = """
+zs3.OWN_SECONDS = 0.1
+class Server(zs3.Server):
+    def serve_forever(self):
+        self._most = zs3.MAX_CONNECTIONS
+        super().serve_forever()
+zs3.Server = Server
+"""
+    run = FEW_FILES + CHANGED.format(change)
     with Server(ACL, data=folder, prelude=run) as server, contextlib.ExitStack() as held:
         for _ in range(80):
             client = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -5859,6 +5940,19 @@ def test_a_complete_that_is_repeated_does_not_undo_what_came_after_the_first(
         with raises("NoSuchUpload"):
             answered[0].result()
     assert upload.found() == ([4] if after == "put" else [])
+
+
+def test_an_upload_that_goes_on_while_it_is_looked_at_is_not_stale(folder: Path) -> None:
+    upload = OneUpload(folder)
+    horizon = time.time() + 1
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        with zs3.ending(upload.store, "bucket", upload.id):
+            swept = thread.submit(zs3.expire_uploads, upload.store, "bucket", horizon)
+            concurrent.futures.wait([swept], 0.2)
+            os.utime(folder / ".uploads" / upload.part, (horizon + 1, horizon + 1))
+        swept.result()
+        assert upload.abort() == 204
+    zs3.expire_uploads(upload.store, "bucket", horizon)
 
 
 def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
@@ -6845,9 +6939,51 @@ def test_an_origin_has_a_scheme(capsys: pytest.CaptureFixture[str]) -> None:
     """Or else it would match none that a browser sends."""
     taken = ["*", "null", "http://a:1"]
     assert zs3.parse_arguments([f"--cors-origin={','.join(taken)}"]).cors_origin == taken
+    for wrong in ("example.com", "http://a/", "http://a/b"):
+        with pytest.raises(SystemExit):
+            zs3.parse_arguments([f"--cors-origin={wrong}"])
+        assert f"'{wrong}' is no origin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["a:80", "a/", ".a", "a.", "a..b", "a b"])
+def test_a_domain_is_a_name(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for taken in ("S3.Example.com", "localhost", ""):
+        assert zs3.parse_arguments([f"--domain={taken}"]).domain == taken.lower()
     with pytest.raises(SystemExit):
-        zs3.parse_arguments(["--cors-origin=example.com"])
-    assert "'example.com' is no origin" in capsys.readouterr().err
+        zs3.parse_arguments([f"--domain={wrong}"])
+    assert f"{wrong!r} is no domain" in capsys.readouterr().err
+
+
+def test_an_acl_that_names_nobody_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one from a variable that is not set: the default keys are known to anyone."""
+    for argument in ([], ["--acl="]):
+        if not argument:
+            monkeypatch.setenv("ZS3_ACL", "")
+        with pytest.raises(SystemExit):
+            zs3.parse_arguments(argument)
+        monkeypatch.delenv("ZS3_ACL", raising=False)
+        assert "--acl names nobody" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [("localhost", True), ("127.0.0.1", True), ("[::1]", True), ("s3", True), ("a.test", True),
+     ("b.localhost", True), ("host.docker.internal", True), ("mine.example", True),
+     ("b.mine.example", True), ("evil.example", False), ("evilmine.example", False),
+     ("127.0.0.1.evil.example", False), ("localhost.evil.example", False)],
+)  # fmt: skip
+def test_the_default_keys_are_for_local_names(folder: Path, host: str, served: bool) -> None:
+    """A page could have any other, by DNS rebinding: then it is of the same origin."""
+    service = zs3.Service(
+        zs3.FileStore(str(folder)),
+        zs3.Settings({}, domain="mine.example", only_local=True),
+    )
+    request = zs3.Request("GET", "/", "", {"host": f"{host}:9000"}, service.settings)
+    assert (b"The default keys" in service.respond(request).body) != served
+    service.settings = request.settings = zs3.Settings({})
+    assert b"The default keys" not in service.respond(request).body
 
 
 def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -6920,12 +7056,18 @@ def test_the_default_credentials_bind_the_loopback_and_warn_otherwise(folder: Pa
     with Server(data=folder) as server:
         s3 = server.client("bucket", DEFAULT)
         s3.on_bucket("PUT").ok()
+        s3.host = f"evil.example:{server.port}"
+        assert s3.service().error == "AccessDenied"
         s3.close()
         if sys.platform == "linux":  # where every 127.x.x.x is the loopback
             assert not reachable("127.0.0.2", server.port)
         assert not [line for line in server.lines if "warn" in line.lower()]
     with Server("--host=0.0.0.0", data=folder) as server:
         server.wait_for_line("(?i)warn.*|default credentials")
+        s3 = server.client("bucket", DEFAULT)
+        s3.host = "any.example"
+        s3.service().ok()
+        s3.close()
 
 
 def test_own_credentials_bind_every_address(folder: Path) -> None:
@@ -7155,6 +7297,7 @@ def test_the_access_log_in_text(folder: Path) -> None:
         s3.get("a b").ok()
         s3.unsigned("GET", "/bucket/secret")
         s3.get('"quote', user_agent='a "b"')
+        s3.request("GET", "/_zs3")
         s3.close()
         get = TEXT_LINE.search(server.wait_for_line(r'"GET /bucket/a%20b'))
         assert get and get["request"] == "GET /bucket/a%20b HTTP/1.1"
@@ -7163,6 +7306,7 @@ def test_the_access_log_in_text(folder: Path) -> None:
         refused = TEXT_LINE.search(server.wait_for_line(r"GET /bucket/secret.* AccessDenied$"))
         assert refused and refused["status"] == "403" and refused["user"] == "-"
         server.wait_for_line("%22quote")
+        server.wait_for_line("GET /_zs3 HTTP/1.1.*InvalidBucketName")
         assert (
             len([line for line in server.lines if "HTTP/1.1" in line and "_zs3" not in line]) == 4
         )

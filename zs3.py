@@ -266,6 +266,8 @@ BLANKS = re.compile("[ \t]+")
 RANGE = re.compile(r"bytes ?= ?(\d{0,99}) ?- ?(\d{0,99})", re.ASCII | re.IGNORECASE)
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
 S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+# Hosts that no public name server speaks for: short names, reserved domains, addresses.
+LOCAL_HOST = re.compile(r"[^.]*|.+\.(internal|local|localhost|test)|[0-9.]+|\[[0-9a-f:.]+\]")
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 LONG_TAG = re.compile(rb"<[^<]{%d}" % MAX_XML_TAG_BYTES)
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
@@ -483,7 +485,8 @@ class Settings:
     credentials: Credentials
     public_read: frozenset[str] = frozenset()  # buckets that anyone may read
     cors_origins: tuple[str, ...] = ()  # "*" for any
-    domain: str = ""  # BUCKET.domain is the bucket, too
+    domain: str = ""  # BUCKET.domain is the bucket, too; in lower case
+    only_local: bool = False  # no other host: of a name that leads here, a web page could be
     min_part_bytes: int = MIN_PART_BYTES
 
 
@@ -510,6 +513,11 @@ class Request:
     def header(self, name: str) -> str:
         """The value, or ""."""
         return self.headers.get(name, "")
+
+    @property
+    def internal(self) -> bool:
+        """Whether it is none of S3, but below /_zs3/."""
+        return self.bucket == "_zs3" and self.path.startswith("/_zs3/")
 
 
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
@@ -561,12 +569,26 @@ def body_length(headers: Mapping[str, str], version: str) -> int | None:
     return int(length)
 
 
+def host_name(request: Request) -> str:
+    """The Host header in lower case, without the port."""
+    return re.sub(r":\d+$", "", request.header("host").lower())
+
+
+def check_host(request: Request) -> None:
+    """AccessDenied if only local names are served, and this is another. Keys that anyone knows are
+    good for any web page whose host's name is made to lead here, by DNS rebinding."""
+    if request.settings.only_local:
+        host, domain = host_name(request), request.settings.domain
+        if not LOCAL_HOST.fullmatch(host) and not (domain and f".{host}".endswith(f".{domain}")):
+            text = "The default keys are for localhost: set others by --acl, or name it by --domain"
+            raise S3Error("AccessDenied", f"{text}={host}.")
+
+
 def address(request: Request) -> tuple[str, str]:
     """Bucket and key, "" where there is none, from the path, or from host and path where the host
     is BUCKET.domain. `/b` and `/b/` are both the bucket; a key may begin with slashes."""
     if request.settings.domain:
-        host = re.sub(r":\d+$", "", request.header("host").lower())
-        domain = "." + request.settings.domain.lower()
+        host, domain = host_name(request), "." + request.settings.domain
         if host.endswith(domain) and host != domain:
             return host[: -len(domain)], uri_decode(request.path[1:])
     bucket, _, key = request.path[1:].partition("/")
@@ -1175,7 +1197,10 @@ class Body:
                 free.put(memoryview(b""))  # nobody is to wait for another
 
         with ThreadPoolExecutor(1) as thread:
-            hashing = thread.submit(hash_blocks)
+            try:
+                hashing = thread.submit(hash_blocks)
+            except RuntimeError:  # no thread is to be had
+                raise S3Error("SlowDown") from None
             try:
                 while got := self._fill(space := free.get()):
                     block = space[:got]
@@ -1675,16 +1700,16 @@ class Walk:
     def below(self, folder: str, base: str = "") -> Iterator[Found]:
         """What is below `folder`, which ends with "/", and is called `base`."""
         names = self._directories.names(folder)
-        prefix, start, inside, at = self._prefix, "", "", 0
+        prefix, start, at = self._prefix, "", 0
         while at < len(names):
             if start != self.start:
                 start = self.start
-                inside = start[len(base) :] if start.startswith(base) else ""
-                if start > base and not inside:
-                    return
-                head, slash, _ = inside.partition("/")
-                at = bisect_left(names, head + slash, at)
-                continue
+                if start > base:
+                    if not start.startswith(base):
+                        return
+                    head, slash, _ = start[len(base) :].partition("/")
+                    at = bisect_left(names, head + slash, at)
+                    continue
             name = base + names[at]
             path = folder + names[at]
             at += 1
@@ -2375,24 +2400,22 @@ def ending(store: Store, bucket: str, upload_id: str) -> contextlib.AbstractCont
 
 
 def discard_upload(store: Store, bucket: str, upload_id: str) -> None:
-    """Delete an upload's parts and then the upload, so that a crash leaves something to abort."""
-    for info in reversed(list(store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", ""))):
-        store.delete_object(UPLOADS, info.key, NO_CONDITION)
+    """Delete an upload's parts and then the upload, so that a crash leaves something to abort; and
+    what was stored meanwhile by a client that found the upload still there."""
+    for _ in range(2):
+        for info in reversed(list(store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", ""))):
+            store.delete_object(UPLOADS, info.key, NO_CONDITION)
 
 
 def expire_uploads(store: Store, bucket: str, horizon: float) -> None:
     """Delete what is left of uploads in which nothing was written after `horizon`, in seconds since
     the epoch; also of those whose record is gone."""
-    latest: dict[str, float] = {}
-    for info in store.scan(UPLOADS, f"{bucket}/", "", ""):
-        upload_id = info.key.split("/")[1]
-        latest[upload_id] = max(latest.get(upload_id, 0.0), info.modified)
-    stale = [upload_id for upload_id, modified in latest.items() if modified < horizon]
-    for upload_id in stale:
+    for upload_id in upload_ids(store, bucket):
         with ending(store, bucket, upload_id):
-            discard_upload(store, bucket, upload_id)
-    if stale:
-        LOG.info("removed %d stale uploads of %s", len(stale), bucket)
+            left = store.scan(UPLOADS, f"{bucket}/{upload_id}/", "", "")
+            if max((info.modified for info in left), default=math.inf) < horizon:
+                discard_upload(store, bucket, upload_id)
+                LOG.info("removed a stale upload of %s", bucket)
 
 
 class ListedPart(NamedTuple):
@@ -3108,6 +3131,15 @@ def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
     return upload, upload.part_key(number)
 
 
+def put_part(store: Store, upload: Upload, key: str, body: Body) -> ObjectInfo:
+    """Store a part. NoSuchUpload, and no part, if the upload has ended meanwhile."""
+    info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
+    if find_upload(store, upload.bucket, upload.id) is None:
+        store.delete_object(UPLOADS, key, NO_CONDITION)
+        raise S3Error("NoSuchUpload", UploadId=upload.id)
+    return info
+
+
 def upload_part(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId."""
     check_upload(request)
@@ -3118,7 +3150,7 @@ def upload_part(store: Store, request: Request) -> Response:
         raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
     if upload.algorithm:
         request.body.wanted.add(upload.algorithm)
-    info = store.put_object(UPLOADS, key, request.body, {}, NO_CONDITION)
+    info = put_part(store, upload, key, request.body)
     headers = checksum_headers(replace(info, checksum_type=""))  # that is for whole objects
     return Response(200, {"ETag": quoted(info.etag)} | headers)
 
@@ -3133,7 +3165,7 @@ def upload_part_copy(store: Store, request: Request) -> Response:
         body = Body(ContentReader(content, start, length), length)
         if upload.algorithm:
             body.wanted.add(upload.algorithm)
-        info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
+        info = put_part(store, upload, key, body)
     return copy_result("CopyPartResult", replace(info, checksum_type=""))
 
 
@@ -3189,7 +3221,7 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
             upload = requested_upload(store, request)
             parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
             info, condition = finished_info(upload, parts), write_condition(request)
-            check_whole_object(request, upload, info)
+            check_whole_object(request, info)
             info = store.concatenate(request.bucket, request.key, parts, info, condition)
         except S3Error as error:
             if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
@@ -3202,18 +3234,18 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
     )
 
 
-def check_whole_object(request: Request, upload: Upload, info: ObjectInfo) -> None:
+def check_whole_object(request: Request, info: ObjectInfo) -> None:
     """x-amz-mp-object-size and the x-amz-checksum-* of the whole object, where they are given."""
     size, whole = info.size, info.checksums
     declared = request.headers.get("x-amz-mp-object-size", str(size))
     if parse_integer(declared, "x-amz-mp-object-size", 0, 2**63) != size:
         raise S3Error("InvalidRequest", f"The parts have {size} bytes, not x-amz-mp-object-size.")
     kind = request.header("x-amz-checksum-type").upper()
-    if kind and kind != upload.checksum_type:
-        created = upload.checksum_type or "null"
+    if kind and kind != info.checksum_type:
+        created = info.checksum_type or "null"
         raise S3Error("InvalidRequest", f"The upload was created with the checksum type {created}.")
     for name, value in declared_checksums(request.headers).items():
-        if name != upload.algorithm or value not in (whole[name], whole[name].partition("-")[0]):
+        if name not in whole or value not in (whole[name], whole[name].partition("-")[0]):
             raise S3Error("BadDigest", f"The {name} you specified did not match what we received.")
 
 
@@ -3221,11 +3253,15 @@ def already_completed(
     store: Store, request: Request, listed: Sequence[ListedPart], error: S3Error
 ) -> ObjectInfo:
     """The object that an earlier Complete with the same list made; else raises `error`."""
-    with contextlib.suppress(S3Error):  # there is no object: it was another's upload, or aborted
+    try:
         info = store.stat_object(request.bucket, request.key)
-        if (info.upload_id, info.etag) == (request.query["uploadId"], multipart_etag(listed)):
-            return info
-    raise error
+    except S3Error:  # there is no object: it was another's upload, or aborted
+        raise error from None
+    made = info.upload_id and (info.upload_id, info.etag)
+    if made != (request.query["uploadId"], multipart_etag(listed)):
+        raise error
+    check_whole_object(request, info)
+    return info
 
 
 def abort_multipart_upload(store: Store, request: Request) -> Response:
@@ -3410,8 +3446,9 @@ class Service:
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
-        if request.bucket == "_zs3" and request.path.startswith("/_zs3/"):
+        if request.internal:
             return self.store.internal(request)
+        check_host(request)
         auth = authenticate(request, time.time())
         request.credential = self.settings.credentials[auth.access] if auth else None
         if auth is not None and auth.expires is not None:
@@ -3445,7 +3482,7 @@ def cors_headers(request: Request) -> dict[str, str]:
     """What lets a page from an origin of --cors-origin read the answer; nothing for any other."""
     allowed, origin = request.settings.cors_origins, request.header("origin")
     if not origin or not ("*" in allowed or origin in allowed):
-        return {}
+        return {"Vary": "Origin"} if allowed else {}
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Expose-Headers": "*, ETag, Content-Range, x-amz-request-id, x-amz-meta-*",
@@ -3455,7 +3492,8 @@ def cors_headers(request: Request) -> dict[str, str]:
 
 def preflight(request: Request) -> Response:
     """OPTIONS: a browser asks, unsigned, whether a page may send a request; AccessForbidden."""
-    if not cors_headers(request) or "access-control-request-method" not in request.headers:
+    allowed = "Access-Control-Allow-Origin" in cors_headers(request)
+    if not allowed or "access-control-request-method" not in request.headers:
         raise S3Error("AccessForbidden")
     return Response(200, {
         "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
@@ -3474,29 +3512,34 @@ class Wire:
         self._connection, self._patiently = connection, patiently
         self._rest = b""  # received, not yet read
 
-    def read_head(self) -> bytes:
-        """A request's head with its final empty line; b"" if the client has gone.
-        RequestHeaderSectionTooLarge; RequestTimeout for one that comes in drops."""
-        deadline = 0.0
-        self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
-        while (end := self._rest.find(b"\r\n\r\n")) < 0 and len(self._rest) <= MAX_HEAD_BYTES:
-            received: bytes = self._patiently(self._connection.recv, MAX_HEAD_BYTES)
+    def read_head(self) -> bytes | None:
+        """A request's head with its final empty line; None if the rest of it is yet to come, b"" if
+        the client has gone. Waits for nothing. RequestHeaderSectionTooLarge."""
+        while not self.has_head():
+            try:
+                received = self._connection.recv(MAX_HEAD_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except (ConnectionError, TimeoutError):
+                raise Gone from None
             if not received:
                 return b""
-            self._rest = (self._rest + received).lstrip(b"\r\n")
+            self._rest += received
             if self._rest[:1] == b"\x16":
                 raise S3Error("InvalidRequest", "This is TLS, but only http:// is spoken here.")
-            now = time.monotonic()
-            deadline = deadline or now + SOCKET_SECONDS
-            if now > deadline:
-                raise S3Error("RequestTimeout")
+        end = self._rest.find(b"\r\n\r\n")
         if end < 0 or end + 4 > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge", MaxSizeAllowed=MAX_HEAD_BYTES)
         head, self._rest = self._rest[: end + 4], self._rest[end + 4 :]
         return head
 
+    def has_head(self) -> bool:
+        """Whether the head of a next request has come, or more than one may have."""
+        self._rest = self._rest.lstrip(b"\r\n")  # RFC 9112, 2.2
+        return b"\r\n\r\n" in self._rest or len(self._rest) > MAX_HEAD_BYTES
+
     def buffered(self) -> int:
-        """How many bytes of a next request have come (RFC 9112, 2.2)."""
+        """How many bytes of a next request have come."""
         return len(self._rest.lstrip(b"\r\n"))
 
     def readinto(self, view: memoryview) -> int:
@@ -3616,9 +3659,10 @@ class Connection(BaseRequestHandler):
         self.waits_since = time.monotonic()  # for its next head, or its end; infinity: it does not
 
     def answer_next(self) -> bool:
-        """Answer a request. Whether the connection is good for another."""
+        """Answer a request, once its head has come. Whether the connection is good for another."""
         self.busy = True
-        self.waits_since = time.monotonic()  # for the rest of its head
+        if not self.wire.buffered():
+            self.waits_since = time.monotonic()  # for the rest of its head
         try:
             return self._answer_next()
         except Gone:
@@ -3626,7 +3670,8 @@ class Connection(BaseRequestHandler):
         except BaseException:  # a panic of a library, too
             self.server.handle_error(self.request, self.client_address)
         finally:
-            self.waits_since = time.monotonic()
+            if self.waits_since == math.inf:
+                self.waits_since = time.monotonic()
             self.busy = False
         return False
 
@@ -3639,7 +3684,7 @@ class Connection(BaseRequestHandler):
     def has_more(self) -> bool:
         """Whether another request comes soon after one that had to wait."""
         left = self.waited + OWN_SECONDS - time.monotonic()
-        return self.wire.buffered() > 0 or (left > 0 and has_come([self], left))
+        return self.wire.has_head() or (left > 0 and has_come([self], left))
 
     def wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
@@ -3674,6 +3719,8 @@ class Connection(BaseRequestHandler):
         began = time.monotonic()
         try:
             head = self.wire.read_head()
+            if head is None:
+                return True
             self.waits_since = math.inf
             if not head:
                 return False
@@ -3731,8 +3778,7 @@ class Connection(BaseRequestHandler):
         finally:
             if content is not None:
                 content.close()
-            of_peer = request.bucket == "_zs3" and request.path not in HEALTH_PATHS
-            if self.server.log and not of_peer:
+            if self.server.log and not (request.internal and request.path not in HEALTH_PATHS):
                 seconds = time.monotonic() - began
                 write_line(self.server.log(request, response, length, seconds))
         if not keep and (not request.wire.ended or self._has_unread()):
@@ -3839,6 +3885,8 @@ class Server(ThreadingHTTPServer):
         self._spare = 0  # threads that could take a turn
         self._needed = threading.Semaphore(0)  # so many of them shall
         self._looked = 0.0  # monotonic; for silent connections
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # answers need some, too
+        self._most = MAX_CONNECTIONS if files < 0 else min(MAX_CONNECTIONS, files // 2)
 
     def serve_forever(self, poll_interval: float = TURN_SECONDS) -> None:
         """Accept connections, until shutdown()."""
@@ -3891,7 +3939,7 @@ class Server(ThreadingHTTPServer):
             turn.ends = time.monotonic() + TURN_SECONDS
             turn.connection = connection
             good = connection.answer_next()
-            while good and connection.wire.buffered() and not self.leave(connection):
+            while good and connection.wire.has_head() and not self.leave(connection):
                 good = connection.answer_next()  # for want of a thread; else the others come first
             with self._lock:
                 turn.connection = None
@@ -3970,7 +4018,7 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """With too many connections, a silent one has to go, or this one is told SlowDown."""
-        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
+        if len(self._connections) >= self._most and not self._make_room():
             return self._refuse(request)
         connection = Connection(request, client_address, self)
         with self._lock:
@@ -4061,9 +4109,17 @@ def parse_names(text: str) -> list[str]:
 def parse_origins(text: str) -> list[str]:
     """Origins as browsers send them, or *."""
     names = parse_names(text)
-    if wrong := [name for name in names if name not in ("*", "null") and "://" not in name]:
+    if wrong := [name for name in names if not re.fullmatch(r"\*|null|[^/]+://[^/]+", name)]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no origin such as https://example.com")
     return names
+
+
+def parse_domain(text: str) -> str:
+    """A host's name, or ""."""
+    name = text.lower()
+    if not re.fullmatch(r"([a-z0-9-]+\.)*[a-z0-9-]+|", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is no domain such as s3.example.com")
+    return name
 
 
 def parse_buckets(text: str) -> list[str]:
@@ -4139,7 +4195,8 @@ OPTIONS = (
     Option(SERVER, "bucket", "", "BUCKET,...", parse_buckets, "buckets to make at the start"),
     Option(SERVER, "cors-origin", "", "ORIGIN,...", parse_origins,
            "origins whose pages may use the server, * for any"),
-    Option(SERVER, "domain", "", "DOMAIN", str, "serve the host BUCKET.DOMAIN as the bucket, too"),
+    Option(SERVER, "domain", "", "DOMAIN", parse_domain,
+           "serve the host BUCKET.DOMAIN as the bucket, too"),
     Option(SERVER, "workers", "1", "N", bounded(1, 64), "processes that share the port"),
     Option(SERVER, "fsync", "", "", bool,
            "flush every write to the disk before answering, against loss of power"),
@@ -4199,6 +4256,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for option in OPTIONS:
         if option.group == CLUSTER and f"--{option.name}" in flags and not args.distributed:
             parser.error(f"--{option.name} needs --distributed")
+    if not args.acl and ("--acl" in flags or "ZS3_ACL" in os.environ):
+        parser.error("--acl names nobody")
     # The nodes of one machine, started in one directory, get a folder each.
     beside = args.distributed and args.port != PORT
     args.data_dir = args.data_dir or (f"data-{args.port}" if beside else "data")
@@ -4206,6 +4265,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
     args.credentials = args.acl or {access: Credential("admin", access, secret)}
     return args
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    return host.startswith("127.") or host == "::1"
 
 
 def well_known(credentials: Credentials) -> list[str]:
@@ -4243,7 +4307,7 @@ def print_banner(args: argparse.Namespace) -> None:
     lines = [f"zs3 {VERSION} at http://{host}:{args.port}", f"data in {args.data_dir}"]
     if known := ", ".join(well_known(args.credentials)):
         lines.append(f"access key {known}, secret {DEFAULT_SECRET}; set others by --acl")
-        if not args.host.startswith("127.") and args.host != "::1":
+        if not is_loopback(args.host):
             lines.append("WARNING: whoever reaches this port can use these well-known keys")
     else:
         keys = ", ".join(f"{each.access} ({each.role})" for each in args.credentials.values())
@@ -4274,7 +4338,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> int:
     store = open_store(args)
     settings = Settings(
         args.credentials, frozenset(args.public_read), tuple(args.cors_origin), args.domain,
-        args.min_part_size,
+        bool(well_known(args.credentials)) and is_loopback(args.host), args.min_part_size,
     )
     service = Service(store, settings)
     log = None if args.quiet else args.log_format
