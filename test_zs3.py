@@ -5279,6 +5279,7 @@ def test_finish_waits_for_a_request_that_was_read_but_not_understood_yet(
         ("POST", "/_zs3/read", {"x-zs3-seal": "..."}, False),
         ("POST", "/_zs3/photo.jpg", {}, True),  # a key, with --domain
         ("GET", "/_zs3/ping", {}, True),
+        ("GET", "/_zs3/providers/0", {"x-zs3-seal": "..."}, True),  # anyone can say so
     ],
 )
 def test_only_what_peers_ask_waits_for_nobody(
@@ -7567,6 +7568,7 @@ class SimCluster(Cluster):
         self.net = net
         self.rounds = Rounds(node.own.node, self.known_view, net.clock, net.pick)
         self.young_until = -math.inf
+        self.reached = True
         self.joined.set()
 
     def tell(self, name, message, contacts, enough=None, first=0, meanwhile=None):  # type: ignore[no-untyped-def]
@@ -8534,21 +8536,62 @@ def test_a_copy_that_once_met_its_original_stays_out_also_when_that_falls_silent
     with pytest.raises(ValueError, match="copied"):  # and does not vote for it
         net.deliver("hello", {"epoch": 1}, other.own, one.own.node)
     one.node.is_copy = False  # started again
+    monkeypatch.setattr(one, "call", where(("sim:9", one.own, one)))
     housekeeping(one)[1].join()
     assert one.joined.is_set() and other.known_view().member(original.node) == one.own
 
 
-@pytest.mark.parametrize("heard", [True, False])
-def test_a_member_is_forgotten_when_it_neither_answers_nor_asks(heard: bool) -> None:
+@pytest.mark.parametrize("original", [True, False])
+def test_a_copy_that_says_that_it_is_where_its_original_is_stays_out(
+    original: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloned machine, --advertise and all. The view has it, and tells it that it is a member."""
+    _, (one, other, third) = owners(3)
+    one.reached = False
+    one.joined.clear()
+    answering = [(one.own.address, one.own, other)] if original else []
+    monkeypatch.setattr(one, "call", where(*answering))
+    member = housekeeping(one)[1]
+    for _ in range(2):
+        member.join()
+        one.adopt([third.known_view().with_members(third.known_view().members).as_json()])
+        assert not one.joined.is_set()
+    monkeypatch.setattr(one, "call", where((one.own.address, one.own, one)))
+    member.join()
+    assert one.joined.is_set()
+
+
+def test_a_node_that_lost_its_registers_but_not_its_id_stays_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would vote without what it promised."""
+    _, (one, other, _) = owners(3)
+    one.node.registers.view = zs3_dist.NO_VIEW
+    one.joined.clear()
+    monkeypatch.setattr(one, "call", where(("b:1", other.own, other)))
+    member = zs3_dist.Membership(housekeeping(one)[0].store, ["b:1"], 3)
+    for _ in range(2):
+        member.join()
+    assert one.node.registers.view is zs3_dist.NO_VIEW and not one.joined.is_set()
+    assert len(caplog.messages) == 1 and "has lost what it promised" in caplog.text
+
+
+@pytest.mark.parametrize("hearing", [None, 0, 1])
+def test_a_member_is_forgotten_when_a_majority_hears_nothing_of_it(hearing: int | None) -> None:
+    """To one alone it may be a broken link."""
     net, nodes = owners(4)
-    member = zs3_dist.Membership(housekeeping(nodes[0])[0].store, [], 3, forget_after=0.0)
-    member.gossip()
+    members = [
+        zs3_dist.Membership(housekeeping(node)[0].store, [], 3, forget_after=0.0)
+        for node in nodes[:3]
+    ]
+    for member in members:
+        member.gossip()
     net.now += 2
     net.down = {nodes[3].own.node}
-    if heard:
-        nodes[0].node.saw(nodes[3].own)
-    member.gossip()
-    assert (nodes[1].known_view().member(nodes[3].own.node) is not None) == heard
+    if hearing is not None:
+        nodes[hearing].node.saw(nodes[3].own)
+    members[0].gossip()
+    assert (nodes[1].known_view().member(nodes[3].own.node) is None) == (hearing is None)
 
 
 def test_who_was_ordered_to_be_forgotten_and_is_no_member_is_said_once_we_know(
@@ -8770,6 +8813,33 @@ def test_a_change_whose_proviso_ceased_to_hold_is_not_made(answered: int) -> Non
     with raises("InvalidPart"):
         first.run(interrupted())
     assert get(first) == ""
+
+
+def test_a_tombstone_from_a_clock_that_was_ahead_does_not_stay_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zs3_dist, "BURIAL_SECONDS", 12.0)
+    _, nodes = owners(3)
+    put(nodes[0], OLD)
+    ahead, real = [1e8], time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    erase(nodes[0])
+    grave = ("bucket", "k", nodes[2].node.registers.slot("bucket", "k").accepted)
+    for ahead[0], buried in ((0.0, False), (11.0, False), (13.0, True)):
+        assert nodes[2].node.registers.buried(*grave) == buried
+    for ahead[0] in (2 * 86400.0, 4 * 86400.0):
+        for node in nodes:
+            housekeeping(node, 86400.0)[0].bury()
+    assert [node.node.registers.slot("bucket", "k").accepted for node in nodes] == [""] * 3
+
+
+def test_floors_of_buckets_that_a_node_is_not_asked_about_go_with_the_view() -> None:
+    node = next(each for each in Net(5, 5).clusters.values()
+                if not each.known_view().asks(each.own.node, "bucket"))  # fmt: skip
+    registers, view = node.node.registers, node.known_view()
+    registers.raise_floor("bucket", f"{1:08x}{1:012x}{'0' * 16}")
+    registers.adopt([view.with_members(view.members)])
+    assert registers.floor("bucket") == ""
 
 
 def test_an_accept_from_before_a_bucket_was_deleted_does_not_bring_it_back() -> None:
@@ -9329,6 +9399,8 @@ def test_a_block_that_cannot_be_read_is_set_aside_and_can_be_stored_again(
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     assert blocks.get(name) is None and not blocks.has(name) and blocks.count == 0
     blocks.put(name, data)
+    rotten = blocks.path(name).stat().st_ino
+    blocks.put(name, data)  # in place of what cannot be read
     assert blocks.get(name) == data and blocks.total_bytes == 5000
 
 
@@ -9765,6 +9837,36 @@ def test_the_time_that_this_node_takes_meanwhile_is_not_held_against_its_peers()
         )
         assert good(answers) == 2 and [fake.asked for fake in fakes] == [1, 1, 0]
         assert not any(peers.slow(fake.contact.node) for fake in fakes)
+
+
+def test_what_holds_this_node_up_is_not_held_against_its_peers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a name service that takes longer than the answers may."""
+    with fake_peers(3) as (fakes, peers):
+        three, real = questions(fakes), socket.getaddrinfo
+        unknown = three[1].to._replace(address="unknown.test:1")
+
+        def slowly(host: str, *rest: Any, **named: Any) -> Any:
+            if host == "unknown.test":
+                time.sleep(0.6)
+                raise socket.gaierror("no answer")
+            return real(host, *rest, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", slowly)
+        three[1] = three[1]._replace(to=unknown)
+        answers = peers.ask(three, lambda raw: good(raw) >= 2, 3, 0.3)
+        assert answers[0].status == 200
+        assert [peers.skipped(fake.contact.node) for fake in fakes] == [False, True, False]
+
+
+def test_a_sealed_request_is_of_no_bucket_whatever_the_peers_are_called() -> None:
+    seal = zs3_dist.Seal(Contact(1, "n1.s3.test:1"), "secret")
+    head, _ = seal.request(zs3_dist.Question(Contact(2, "n2.s3.test:2"), "hello", b"{}"))
+    method, path, query, _, headers = zs3.parse_head(head)
+    request = zs3.Request(method, path, query, headers, zs3.Settings({}, domain="s3.test"))
+    request.bucket, request.key = zs3.address(request)
+    assert request.internal
 
 
 def test_connections_to_an_address_that_nobody_has_any_more_are_closed() -> None:

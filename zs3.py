@@ -3423,7 +3423,8 @@ class Service:
 
     def waits(self, request: Request) -> bool:
         """Whether the answer may take long, or wait for others; what peers ask does neither."""
-        if "x-zs3-seal" in request.headers and request.path.startswith("/_zs3/"):
+        sealed = request.method == "POST" and "x-zs3-seal" in request.headers
+        if sealed and request.path.startswith("/_zs3/"):
             return False
         abort = request.method == "DELETE" and "uploadId" in request.raw_query
         long = request.method == "POST" or "x-amz-copy-source" in request.headers

@@ -478,7 +478,8 @@ class Seal:
     MAC`, the last by BLAKE3 under the cluster key, of the path and the rest. No date, as a node
     whose clock is a day off is still a member: the receiver is named, so that no request but hello
     can be replayed to another node, and to replay one to the same node changes nothing that a
-    delayed duplicate could not (ballots order everything). Answers carry a proof, too."""
+    delayed duplicate could not (ballots order everything). It is answered, though, as is all here
+    without encryption: who overhears peers can read what they read. Answers carry a proof, too."""
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
@@ -494,7 +495,8 @@ class Seal:
         said = f"{self._from} {node_hex(to.node)} {next(self._nonces):x} {payload}"
         mac = self._mac(path, said)
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: {to.address}\r\nx-zs3-seal: {said} {mac}\r\n"
+            # No name of ours: with --domain it might be that of a bucket.
+            f"POST {path} HTTP/1.1\r\nhost: zs3\r\nx-zs3-seal: {said} {mac}\r\n"
             f"content-length: {len(question.body)}\r\n\r\n"
         )
         return head.encode(), mac
@@ -806,17 +808,18 @@ class Exchange:
 
     def _step(self, stop: float) -> None:
         now = time.monotonic()
-        if not self.calls or (self.queue and now >= self.hedge):
-            self._start()
-        if now >= self.deadline:
-            for call in list(self.calls.values()):
-                self._fail(call)
+        late = now >= self.deadline
+        if late:
             self.queue.clear()
-            return
+        elif not self.calls or (self.queue and now >= self.hedge):
+            self._start()
         until = min(stop, self.hedge) if self.queue else stop
         for fd, _ in self._wait(max(0.001, until - now)) if self.calls else ():
             if fd in self.calls:
                 self._pump(self.calls[fd])
+        for call in list(self.calls.values()) if late else ():
+            # Where this thread was held up, by a slow name service or another, they had no time.
+            self._fail(call, blamed=call.link.begun + self.patience < self.deadline)
 
     def _wait(self, seconds: float) -> list[tuple[int, int]]:
         """Which connections have something for us by then. As long as no other request of this
@@ -848,9 +851,10 @@ class Exchange:
         self._pump(call)
         return True
 
-    def _lost(self, to: Contact) -> None:
+    def _lost(self, to: Contact, blamed: bool = True) -> None:
         self.answers[to.node] = Reply(0)
-        self.peers.fail(to)
+        if blamed:
+            self.peers.fail(to)
 
     def _pump(self, call: Call) -> None:
         try:
@@ -880,10 +884,10 @@ class Exchange:
         if not self._open(call.question, Link):
             self._start()
 
-    def _fail(self, call: Call) -> None:
+    def _fail(self, call: Call, blamed: bool = True) -> None:
         self._drop(call)
         call.link.close()
-        self._lost(call.to)
+        self._lost(call.to, blamed)
         if time.monotonic() < self.deadline:
             self._start()
 
@@ -985,7 +989,7 @@ class Blocks:
         """Store `data`, whose hash the caller has computed; what is there is touched. OSError."""
         path = self.path(block)
         if self.touch(block):
-            with contextlib.suppress(FileNotFoundError):  # set aside just now: written anew
+            with contextlib.suppress(OSError):  # set aside just now, or rotten: written anew
                 if path.read_bytes() == data:
                     if self.fsync:  # who wrote it may not have come so far yet
                         sync(path, path.parent, self.root)
@@ -1157,7 +1161,9 @@ class Pins:
 # that may be late are only such as own in f nothing that they did not own before (`settle`).
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
-# Of a disk and its copy one votes: the other, once it has met it, answers nobody (`_is_elsewhere`).
+# It must not be taken for the old one: who is a member but has no view stays out (`_find_cluster`).
+# Of a disk and its copy one votes: the other, once it has met it, answers nobody (`_is_elsewhere`),
+# and begins nothing where not it but the first answers at its own address (`_reach`).
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
 # anew. A tombstone is dropped once all who are asked about its bucket have it or nothing (`bury`).
 # Who is not asked in a view, a joint one too, drops the bucket's registers as it enters that view:
@@ -1221,7 +1227,7 @@ class View:
 
     def asks(self, node: int, bucket: str) -> bool:
         """Is `node` an owner of `bucket`, or while owners change, was it?"""
-        return any(contact.node == node for contact in everyone(self.groups(bucket)))
+        return any(contact.node == node for group in self.groups(bucket) for contact in group)
 
     def member(self, node: int) -> Contact | None:
         """The member of that id."""
@@ -1458,7 +1464,7 @@ class Registers:
         with self._transaction():
             row = (view.epoch, json.dumps(view.as_json()))
             self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
-            known = self._all("SELECT DISTINCT bucket FROM registers")
+            known = self._all("SELECT bucket FROM registers UNION SELECT bucket FROM floors")
             self._drop_buckets([name for (name,) in known if not view.asks(self.own, name)])
         self.view = view
         self._count()
@@ -1775,6 +1781,14 @@ class Registers:
             row = (bucket, key.encode())
             self._db.execute("DELETE FROM doubts WHERE bucket = ? AND key = ?", row)
 
+    def restamp(self) -> None:
+        """What is stamped with a time yet to come is of a clock that was ahead: it is new now."""
+        now = time.time()
+        with self.lock:
+            for which in ("accepted = ''", "live = 0 AND accepted != ''"):
+                stamp = f"UPDATE registers SET since = ? WHERE {which} AND since > ?"
+                self._db.execute(stamp, (now, now))
+
     def graves(self, before: float) -> Iterator[list[Grave]]:
         """Tombstones older than `before` (wall clock), the oldest first, BATCH at a time."""
         query = (
@@ -1794,9 +1808,12 @@ class Registers:
             if not slot.accepted:
                 return self.floor(bucket) >= ballot
             # Somebody may hold an answer that was given here before this came, and wait for others.
-            query = "SELECT since FROM registers WHERE bucket = ? AND key = ?"
-            since = self._one(query, bucket, key.encode())
-            return slot.accepted >= ballot and since < time.time() - BURIAL_SECONDS
+            row, now = (bucket, key.encode()), time.time()
+            since = self._one("SELECT since FROM registers WHERE bucket = ? AND key = ?", *row)
+            if since > now:  # the clock was ahead
+                stamp = "UPDATE registers SET since = ? WHERE bucket = ? AND key = ?"
+                self._db.execute(stamp, (now, *row))
+            return slot.accepted >= ballot and since < now - BURIAL_SECONDS
 
     def bury(self, bucket: str, key: str, ballot: str) -> bool:
         """Drop the tombstone, if it is still that one."""
@@ -2196,12 +2213,14 @@ class Node:
         self, own: Contact, registers: Registers, blocks: Blocks, clock: Callable[[], float]
     ) -> None:
         self.own, self.registers, self.blocks, self.clock = own, registers, blocks, clock
+        self.instance = secrets.token_hex(8)  # tells this process from that of a copied disk
         self.is_copy = False  # of another node's disk, which is in use: it has no vote
         self.pins = Pins()
         self.providers = Providers()
         self.table = RoutingTable(own.node)
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
+        self.patience = math.inf  # seconds; who was not heard for longer is silent
         # Each takes its message's fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
             "views": self.on_views, "find": self.on_find,
@@ -2240,13 +2259,19 @@ class Node:
         """Is this a cluster of one node without a bucket, which may give itself up for another?"""
         return len(self.registers.view.members) == 1 and not self.registers.buckets()
 
+    def silent(self) -> list[str]:
+        """Members that this node has not heard for longer than its patience, in hex."""
+        now, others = self.clock(), {c.node for c in self.registers.view.members} - {self.own.node}
+        silences = {node: now - self.heard.setdefault(node, now) for node in others}
+        return [node_hex(node) for node, seconds in silences.items() if seconds > self.patience]
+
     def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
         view = self.registers.view
         return {
-            "contact": self.own.as_json(), "synced": self.registers.synced, "idle": self.idle(),
-            "cluster": view.cluster, "epoch": view.epoch,
-            "views": self.registers.views_after(epoch),
+            "contact": self.own.as_json(), "instance": self.instance, "idle": self.idle(),
+            "cluster": view.cluster, "epoch": view.epoch, "synced": self.registers.synced,
+            "views": self.registers.views_after(epoch), "silent": self.silent(),
         }
 
     def on_views(self, views: list[View]) -> Message:
@@ -2324,6 +2349,7 @@ class Cluster:
         self.own = node.own
         self.rounds = Rounds(self.own.node, self.known_view, time.monotonic, random.Random())
         self.joined = threading.Event()  # set once this node is a member
+        self.reached = False  # did this process answer at its own address?
         self.young_until = time.monotonic() + 2 * DISCOVERY_SECONDS
 
     def known_view(self) -> View:
@@ -2359,8 +2385,10 @@ class Cluster:
             self.peers.moved[member] = contact
 
     def check_membership(self) -> None:
-        """Note whether this node is a member, and not a copy of its disk at another address."""
-        if self.node.registers.view.member(self.own.node) == self.own:
+        """Note whether this node is a member, and not a copy of its disk at another address, or
+        one that says that it is at the same."""
+        view = self.node.registers.view
+        if view.member(self.own.node) == self.own and (self.reached or len(view.members) == 1):
             if not self.joined.is_set():
                 LOG.info("node %s is a member, at %s", node_hex(self.own.node), self.own.address)
             self.joined.set()
@@ -3296,7 +3324,7 @@ class Housekeeping:
         """Was this node no owner of the bucket before? Then what it pulls is no vote: it made none
         of the promises by which an owner may have refused the same."""
         before = view.groups(bucket)[1:]
-        return bool(before) and not covers(before, {self.node.own.node}, lambda _: 1)
+        return any(self.node.own.node not in {c.node for c in group} for group in before)
 
     def _end_doubts(self) -> None:
         """Have a round decide what was pulled and is not with a change quorum of its owners: it may
@@ -3314,6 +3342,7 @@ class Housekeeping:
         older than the tombstone any more, and that all promise not to accept it (`floors`)."""
         view = self.cluster.view()
         before = time.time() - self.tombstone_grace
+        self.registers.restamp()
         while self.registers.drop_promises(before) and not self.store.closing.is_set():
             pass
         for graves in self.registers.graves(before):
@@ -3467,7 +3496,7 @@ class Membership:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers = store.node.registers
         self.bootstrap, self.replicas, self.discovering = set(bootstrap), replicas, discovering
-        self.forget_after = forget_after  # seconds of silence
+        self.node.patience = forget_after  # seconds
         self.ordered = ordered  # whom the operator orders to forget
         self.obeyed = False
         self.discovered: set[str] = set()  # addresses, from multicast
@@ -3488,6 +3517,8 @@ class Membership:
             self.cluster.joined.clear()  # a peer may have told it
         elif member != self.node.own and self._is_elsewhere(member.address):
             return self.cluster.joined.clear()
+        if len(view.members) > 1 and not (self.cluster.reached or self._reach()):
+            return None
         if not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
         if member != self.node.own or not self.cluster.joined.is_set():
@@ -3506,13 +3537,24 @@ class Membership:
         again, though the other may fall silent: two of one identity would vote twice. Who just
         moved finds nobody, somebody else, or itself."""
         answer = self._ask(address, MAX_COUNTER)  # without the views
-        other = contact_field(answer["contact"]) if answer else self.node.own
-        if other.node != self.node.own.node or other == self.node.own:
+        if answer is None or contact_field(answer["contact"]).node != self.node.own.node:
+            return False
+        if answer["instance"] == self.node.instance:
             return False
         advice = "Remove .node_id from one of them, and start this one again"
         self._tell(address, f"has our id: a disk was copied. {advice}")
         self.node.is_copy = True
         return True
+
+    def _reach(self) -> bool:
+        """Does this process answer at its own address, where the others will ask it?"""
+        answer = self._ask(self.node.own.address, MAX_COUNTER)
+        if answer and answer["instance"] == self.node.instance:
+            self.cluster.reached = True
+            return True
+        what = "it is another" if answer else "no answer"
+        self._tell(self.node.own.address, f"should be this one (see --advertise): {what}")
+        return False
 
     def _tell(self, address: str, what: str) -> None:
         """Tell the operator, once, why a node and this one cannot be in one cluster."""
@@ -3577,6 +3619,9 @@ class Membership:
             if answer is None:
                 silent = silent or address in self.bootstrap
             elif answer["epoch"]:
+                if own.node in {c.node for c in View.from_json(answer["views"][-1]).everybody()}:
+                    advice = "remove .node_id from its folder, and it joins anew"
+                    return self._tell(own.address, f"has lost what it promised: {advice}")
                 self._install(answer)
                 return self._enter()
             else:
@@ -3619,10 +3664,8 @@ class Membership:
         """Have a view decided of which this node is a member, at its present address. Who was a
         member at this address before, under another id, lost its disk: it is replaced."""
         own = self.node.own
-        answer = self._ask(own.address, MAX_COUNTER)  # as the others will
-        if answer is None or contact_field(answer["contact"]) != own:
-            what = "it is another" if answer else "no answer"
-            return self._tell(own.address, f"should be this one (see --advertise): {what}")
+        if not self._reach():
+            return
 
         def make(view: View) -> View | None:
             if view.member(own.node) == own:
@@ -3763,19 +3806,21 @@ class Membership:
         """hello to every member: spreads views, notes who is silent, and for how long."""
         view = self.cluster.view()
         self.cluster.peers.keep({contact.address for contact in view.everybody()})
-        self._hello_all(view)
-        now = self.node.clock()
-        for contact in view.members:
-            silent = now - self.node.heard.setdefault(contact.node, now)
-            if contact.node != self.node.own.node and silent > self.forget_after:
+        answers = self._hello_all(view)
+        # To one member alone it may be a broken link: who is gone, is so for a majority of them.
+        said = [answer["silent"] for node, answer in answers.items() if view.member(node)]
+        for node in self.node.silent():
+            if 1 + sum(node in silent for silent in said) >= change_quorum(len(view.members)):
                 with contextlib.suppress(S3Error):  # no majority of the members is with us: later
-                    self.forget(contact.node)
+                    self.forget(int(node, 16))
         self._refresh(view)
 
-    def _hello_all(self, view: View) -> None:
+    def _hello_all(self, view: View) -> dict[int, Message]:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
-        for answer in self.cluster.call_all("hello", {"epoch": view.epoch}, contacts).values():
+        answers = self.cluster.call_all("hello", {"epoch": view.epoch}, contacts)
+        for answer in answers.values():
             self.cluster.adopt(answer["views"])
+        return answers
 
     def _refresh(self, view: View) -> None:
         """Keep the routing table: ping who may be gone, look up ids in silent k-buckets."""
