@@ -267,7 +267,9 @@ RANGE = re.compile(r"bytes ?= ?(\d{0,99}) ?- ?(\d{0,99})", re.ASCII | re.IGNOREC
 PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")  # a percent sign that encodes nothing
 S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 # Hosts that no public name server speaks for: short names, reserved domains, addresses.
-LOCAL_HOST = re.compile(r"[^.]*|.+\.(internal|local|localhost|test)|[0-9.]+|\[[0-9a-f:.]+\]")
+LOCAL_HOST = re.compile(
+    r"[^.]*|.+\.(internal|local|localdomain|localhost|test)|[0-9.]+|\[[0-9a-f:.]+\]"
+)
 PLAIN_PATH = re.compile(r"[A-Za-z0-9\-_.~/]*")  # nothing to decode or to encode
 LONG_TAG = re.compile(rb"<[^<]{%d}" % MAX_XML_TAG_BYTES)
 UNSPELLABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # what XML text cannot carry
@@ -570,8 +572,8 @@ def body_length(headers: Mapping[str, str], version: str) -> int | None:
 
 
 def host_name(request: Request) -> str:
-    """The Host header in lower case, without the port."""
-    return re.sub(r":\d+$", "", request.header("host").lower())
+    """The Host header in lower case, without the port and the dot of a full name."""
+    return re.sub(r"\.?(:\d+)?$", "", request.header("host").lower())
 
 
 def check_host(request: Request) -> None:
@@ -580,8 +582,8 @@ def check_host(request: Request) -> None:
     if request.settings.only_local:
         host, domain = host_name(request), request.settings.domain
         if not LOCAL_HOST.fullmatch(host) and not (domain and f".{host}".endswith(f".{domain}")):
-            text = "The default keys are for localhost: set others by --acl, or name it by --domain"
-            raise S3Error("AccessDenied", f"{text}={host}.")
+            text = "The default keys are for local names: set others by --acl, or this by --domain."
+            raise S3Error("AccessDenied", text)
 
 
 def address(request: Request) -> tuple[str, str]:
@@ -3255,8 +3257,8 @@ def already_completed(
     """The object that an earlier Complete with the same list made; else raises `error`."""
     try:
         info = store.stat_object(request.bucket, request.key)
-    except S3Error:  # there is no object: it was another's upload, or aborted
-        raise error from None
+    except S3Error as other:  # there is no object: it was another's upload, or aborted
+        raise error if other.code in ("NoSuchKey", "NoSuchBucket") else other from None
     made = info.upload_id and (info.upload_id, info.etag)
     if made != (request.query["uploadId"], multipart_etag(listed)):
         raise error
@@ -3662,10 +3664,12 @@ class Connection(BaseRequestHandler):
     def answer_next(self) -> bool:
         """Answer a request, once its head has come. Whether the connection is good for another."""
         self.busy = True
-        if not self.wire.buffered():
-            self.waits_since = time.monotonic()  # for the rest of its head
+        is_new = not self.wire.buffered()
         try:
-            return self._answer_next()
+            good = self._answer_next()
+            if is_new and self.wire.buffered():
+                self.waits_since = time.monotonic()  # for the rest of its head
+            return good
         except Gone:
             LOG.debug("%s went away", self.client_address[0])
         except BaseException:  # a panic of a library, too
@@ -4118,7 +4122,7 @@ def parse_origins(text: str) -> list[str]:
 def parse_domain(text: str) -> str:
     """A host's name, or ""."""
     name = text.lower()
-    if not re.fullmatch(r"([a-z0-9-]+\.)*[a-z0-9-]+|", name):
+    if not re.fullmatch(r"([a-z0-9_-]+\.)*[a-z0-9_-]+|", name):
         raise argparse.ArgumentTypeError(f"{text!r} is no domain such as s3.example.com")
     return name
 

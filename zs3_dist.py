@@ -124,7 +124,7 @@ REST_SECONDS = 1.0  # but no longer after each BATCH: it may have worked on repa
 SCRUB_BYTES_PER_SECOND = 8 << 20  # how fast blocks are read to see whether they are still good
 PULL_SECONDS = 2.0  # between two looks at the other owners' change logs
 MERGE_SECONDS = 0.5  # by then a lone node has answered what it was asked before
-FORGET_ROUNDS = 10  # gossip intervals, and the tombstone grace: a member silent longer is forgotten
+FORGET_ROUNDS = 10  # gossip intervals: a majority misses a member for so long when it is forgotten
 CLOSING_SECONDS = 1.0  # a deletion of a bucket that takes longer may be undone by a PUT
 SCRUB_ROUNDS = 40  # gossip intervals between two readings of all blocks
 DISCOVERY_GROUP = ("239.255.90.83", 9083)  # UDP multicast, site-local (RFC 2365)
@@ -766,6 +766,7 @@ class Exchange:
         # A block may take longer than a message before one more peer is asked.
         self.patience = HEDGE_SECONDS * seconds / CONNECT_SECONDS
         self.hedge = 0.0  # monotonic; when one more is asked
+        self.looked = 0.0  # monotonic; when it was last seen, in time, what has come
         self.calls: dict[int, Call] = {}  # by file descriptor
         self.answers: dict[int, Reply] = {}
         self.poller = select.poll()
@@ -817,9 +818,12 @@ class Exchange:
         for fd, _ in self._wait(max(0.001, until - now)) if self.calls else ():
             if fd in self.calls:
                 self._pump(self.calls[fd])
-        for call in list(self.calls.values()) if late else ():
-            # Where this thread was held up, by a slow name service or another, they had no time.
-            self._fail(call, blamed=call.link.begun + self.patience < self.deadline)
+        if not late:
+            self.looked = time.monotonic()
+            return
+        for call in list(self.calls.values()):
+            # Where this thread was held up, by a slow name service or another, it had no time.
+            self._fail(call, blamed=call.link.begun + self.patience < self.looked)
 
     def _wait(self, seconds: float) -> list[tuple[int, int]]:
         """Which connections have something for us by then. As long as no other request of this
@@ -1161,7 +1165,7 @@ class Pins:
 # that may be late are only such as own in f nothing that they did not own before (`settle`).
 #
 # A node with a new disk has a new id: it is a new member and does not vote with another's amnesia.
-# It must not be taken for the old one: who is a member but has no view stays out (`_find_cluster`).
+# So has one whose registers hold no view: they promised nothing, or were lost (`node_id`).
 # Of a disk and its copy one votes: the other, once it has met it, answers nobody (`_is_elsewhere`),
 # and begins nothing where not it but the first answers at its own address (`_reach`).
 # One that was forgotten by the others finds itself outside the view, drops its registers and joins
@@ -2220,7 +2224,7 @@ class Node:
         self.table = RoutingTable(own.node)
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
-        self.patience = math.inf  # seconds; who was not heard for longer is silent
+        self.patience = math.inf  # seconds; who was not heard for longer is told to be silent
         # Each takes its message's fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
             "views": self.on_views, "find": self.on_find,
@@ -2259,11 +2263,11 @@ class Node:
         """Is this a cluster of one node without a bucket, which may give itself up for another?"""
         return len(self.registers.view.members) == 1 and not self.registers.buckets()
 
-    def silent(self) -> list[str]:
-        """Members that this node has not heard for longer than its patience, in hex."""
+    def silent(self, least: float) -> list[str]:
+        """Members that this node has not heard for longer than `least` seconds, in hex."""
         now, others = self.clock(), {c.node for c in self.registers.view.members} - {self.own.node}
         silences = {node: now - self.heard.setdefault(node, now) for node in others}
-        return [node_hex(node) for node, seconds in silences.items() if seconds > self.patience]
+        return [node_hex(node) for node, seconds in silences.items() if seconds > least]
 
     def on_hello(self, epoch: int) -> Message:
         """Who are you, and what views do you know after that epoch?"""
@@ -2271,7 +2275,7 @@ class Node:
         return {
             "contact": self.own.as_json(), "instance": self.instance, "idle": self.idle(),
             "cluster": view.cluster, "epoch": view.epoch, "synced": self.registers.synced,
-            "views": self.registers.views_after(epoch), "silent": self.silent(),
+            "views": self.registers.views_after(epoch), "silent": self.silent(self.patience),
         }
 
     def on_views(self, views: list[View]) -> Message:
@@ -2349,7 +2353,7 @@ class Cluster:
         self.own = node.own
         self.rounds = Rounds(self.own.node, self.known_view, time.monotonic, random.Random())
         self.joined = threading.Event()  # set once this node is a member
-        self.reached = False  # did this process answer at its own address?
+        self.displaced = False  # does another process answer at our address?
         self.young_until = time.monotonic() + 2 * DISCOVERY_SECONDS
 
     def known_view(self) -> View:
@@ -2387,8 +2391,7 @@ class Cluster:
     def check_membership(self) -> None:
         """Note whether this node is a member, and not a copy of its disk at another address, or
         one that says that it is at the same."""
-        view = self.node.registers.view
-        if view.member(self.own.node) == self.own and (self.reached or len(view.members) == 1):
+        if self.node.registers.view.member(self.own.node) == self.own and not self.displaced:
             if not self.joined.is_set():
                 LOG.info("node %s is a member, at %s", node_hex(self.own.node), self.own.address)
             self.joined.set()
@@ -3496,9 +3499,10 @@ class Membership:
         self.store, self.cluster, self.node = store, store.cluster, store.node
         self.registers = store.node.registers
         self.bootstrap, self.replicas, self.discovering = set(bootstrap), replicas, discovering
-        self.node.patience = forget_after  # seconds
+        self.forget_after = forget_after  # seconds of silence
         self.ordered = ordered  # whom the operator orders to forget
         self.obeyed = False
+        self.reached = False  # see `_reach`
         self.discovered: set[str] = set()  # addresses, from multicast
         self.waiting = False  # it was said that no cluster can be found yet
         self.told: set[str] = set()  # addresses of which it was said that they are none of ours
@@ -3517,8 +3521,8 @@ class Membership:
             self.cluster.joined.clear()  # a peer may have told it
         elif member != self.node.own and self._is_elsewhere(member.address):
             return self.cluster.joined.clear()
-        if len(view.members) > 1 and not (self.cluster.reached or self._reach()):
-            return None
+        if len(view.members) > 1 and not self._reach() and self.cluster.displaced:
+            return self.cluster.joined.clear()
         if not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
         if member != self.node.own or not self.cluster.joined.is_set():
@@ -3547,10 +3551,13 @@ class Membership:
         return True
 
     def _reach(self) -> bool:
-        """Does this process answer at its own address, where the others will ask it?"""
+        """Did this process ever answer at its own address, where the others will ask it?"""
+        if self.reached:
+            return True
         answer = self._ask(self.node.own.address, MAX_COUNTER)
-        if answer and answer["instance"] == self.node.instance:
-            self.cluster.reached = True
+        self.reached = answer is not None and answer["instance"] == self.node.instance
+        self.cluster.displaced = answer is not None and not self.reached
+        if self.reached:
             return True
         what = "it is another" if answer else "no answer"
         self._tell(self.node.own.address, f"should be this one (see --advertise): {what}")
@@ -3619,9 +3626,6 @@ class Membership:
             if answer is None:
                 silent = silent or address in self.bootstrap
             elif answer["epoch"]:
-                if own.node in {c.node for c in View.from_json(answer["views"][-1]).everybody()}:
-                    advice = "remove .node_id from its folder, and it joins anew"
-                    return self._tell(own.address, f"has lost what it promised: {advice}")
                 self._install(answer)
                 return self._enter()
             else:
@@ -3807,9 +3811,9 @@ class Membership:
         view = self.cluster.view()
         self.cluster.peers.keep({contact.address for contact in view.everybody()})
         answers = self._hello_all(view)
-        # To one member alone it may be a broken link: who is gone, is so for a majority of them.
+        # To one member alone it may be a broken link: a majority has to miss it now.
         said = [answer["silent"] for node, answer in answers.items() if view.member(node)]
-        for node in self.node.silent():
+        for node in self.node.silent(self.forget_after):
             if 1 + sum(node in silent for silent in said) >= change_quorum(len(view.members)):
                 with contextlib.suppress(S3Error):  # no majority of the members is with us: later
                     self.forget(int(node, 16))
@@ -3903,11 +3907,21 @@ def lock_folder(data: Path) -> IO[str]:
         time.sleep(LOCK_SECONDS / 10)
 
 
+def has_view(registers: Path) -> bool:
+    """Does this file hold a view, or something that cannot be read?"""
+    try:
+        with contextlib.closing(sqlite3.connect(registers)) as db:
+            made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'views'").fetchone()
+            return bool(made and db.execute("SELECT 1 FROM views").fetchone())
+    except sqlite3.DatabaseError:  # who opens it next will say so
+        return True
+
+
 def node_id(data: Path) -> int:
     """This disk's identity. A new one when there is none, or when the registers that it promised by
     are gone: a node must not vote with another's amnesia."""
     path = data / ".node_id"
-    if path.exists() and (data / ".index" / "registers.db").exists():
+    if path.exists() and has_view(data / ".index" / "registers.db"):
         try:
             return int(text_field(NODE)(path.read_text().strip()), 16)
         except ValueError:
@@ -3983,9 +3997,10 @@ def add_jobs(store: DistributedStore, args: argparse.Namespace) -> None:
     """What runs in the background, and how often, which follows from --gossip-interval-ms."""
     gossip = args.gossip_interval_ms / 1000
     keep = Housekeeping(store, args.gc_grace, args.tombstone_grace)
+    store.node.patience = FORGET_ROUNDS * gossip
     gone = args.forget and option("forget", args.forget, text_field(NODE), "a node's 40 hex digits")
     member = Membership(
-        store, args.bootstrap, args.replicas, max(FORGET_ROUNDS * gossip, args.tombstone_grace),
+        store, args.bootstrap, args.replicas, max(store.node.patience, args.tombstone_grace),
         args.discover, int(gone, 16) if gone else None,
     )
     store.jobs = [
