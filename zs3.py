@@ -353,12 +353,6 @@ def xml(**fields: object) -> Xml:
     return Xml(text)
 
 
-def xml_document(root: str, *children: Xml, namespace: str = S3_NAMESPACE) -> bytes:
-    """A whole document as UTF-8."""
-    start = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}>'
-    return f"{start}{''.join(children)}</{root}>".encode()
-
-
 def parse_xml(document: bytes, root: str) -> Element:
     """The tree of a request body whose root is `root`, without namespaces. MalformedXML for
     anything else, and for a document type declaration, whose entities could grow without end."""
@@ -467,6 +461,14 @@ class Response:
     def length(self) -> int:
         """Of the body, in bytes."""
         return len(self.body) if isinstance(self.body, bytes) else self.body.length
+
+
+def document(root: str, *children: Xml, **fields: object) -> Response:
+    """200 with the XML whose root has these fields and then these children."""
+    namespace = "" if root == "Error" else S3_NAMESPACE
+    start = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}>'
+    body = f"{start}{xml(**fields)}{''.join(children)}</{root}>".encode()
+    return Response(200, {"Content-Type": "application/xml"}, body)
 
 
 class Credential(NamedTuple):
@@ -2526,12 +2528,6 @@ REFUSED_PREFIXES = {
 }
 
 
-def document(root: str, *children: Xml, **fields: object) -> Response:
-    """200 with the document whose root has these fields and then these children."""
-    body = xml_document(root, xml(**fields), *children)
-    return Response(200, {"Content-Type": "application/xml"}, body)
-
-
 def quoted(etag: str) -> str:
     """An ETag as it is shown."""
     return f'"{etag}"'
@@ -3476,9 +3472,9 @@ def error_response(request: Request, error: S3Error) -> Response:
     """The XML of an error. (S3 API reference, "REST error responses")"""
     fields = {"Code": error.code, "Message": error.message, **error.details}
     told = xml(**fields, Resource=request.path, RequestId=request.id, HostId=HOST_ID)
-    headers = {"Content-Type": "application/xml"} | error.headers
-    body = xml_document("Error", told, namespace="")
-    return Response(error.status, headers, body, error.code)
+    response = document("Error", told)
+    headers = response.headers | error.headers
+    return Response(error.status, headers, response.body, error.code)
 
 
 def cors_headers(request: Request) -> dict[str, str]:
