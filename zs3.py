@@ -1523,13 +1523,12 @@ class Store(Protocol):
         """End what runs in the background."""
 
 
+@dataclass
 class FileContent:
     """An open file: whatever replaces it, it stays what it was."""
 
-    status: os.stat_result  # when it was described
-
-    def __init__(self, file: int) -> None:
-        self.file = file  # the descriptor
+    file: int  # the descriptor
+    status: os.stat_result = field(init=False)  # when it was described
 
     def close(self) -> None:
         os.close(self.file)
@@ -1689,22 +1688,23 @@ def file_status(file: str | int) -> os.stat_result:
 Found = tuple[str, str]  # by a walk: the part of a path that is or spells a key, and the path
 
 
+@dataclass
 class Walk:
     """Finds files below a folder in the order of their names: those that begin with `prefix` and
     are not below `start`, which may be moved on meanwhile. If `grouped`, a folder beyond the prefix
     is found instead of its files, with a "/" at its end. None is entered that has more than
     `longest` characters."""
 
-    def __init__(
-        self, directories: DirectoryCache, prefix: str, start: str, grouped: bool, longest: int
-    ) -> None:
-        self._directories, self._prefix, self.start = directories, prefix, start
-        self._grouped, self._longest = grouped, longest
+    directories: DirectoryCache
+    prefix: str
+    start: str
+    grouped: bool = False
+    longest: int = sys.maxsize
 
     def below(self, folder: str, base: str = "") -> Iterator[Found]:
         """What is below `folder`, which ends with "/", and is called `base`."""
-        names = self._directories.names(folder)
-        prefix, start, at = self._prefix, "", 0
+        names = self.directories.names(folder)
+        prefix, start, at = self.prefix, "", 0
         while at < len(names):
             if start != self.start:
                 start = self.start
@@ -1723,9 +1723,9 @@ class Walk:
             elif not name.endswith("/"):
                 if name.startswith(prefix):
                     yield name, path
-            elif self._grouped and len(name) > len(prefix) and not start.startswith(name):
+            elif self.grouped and len(name) > len(prefix) and not start.startswith(name):
                 yield name, path
-            elif len(name) <= self._longest:
+            elif len(name) <= self.longest:
                 yield from self.below(path, name)
 
 
@@ -1969,9 +1969,9 @@ class FileStore:
         for _ in range(RACE_TRIES):
             content = FileContent(find_file(path, open_file))
             try:
-                status = content.status = file_status(content.file)
-                info, holds = self._describe(content.file, bucket, key, status)
-                if holds or os.path.samestat(file_status(path), status):
+                content.status = file_status(content.file)
+                info, holds = self._describe(content.file, bucket, key, content.status)
+                if holds or os.path.samestat(file_status(path), content.status):
                     return info, content
             except BaseException:
                 content.close()
@@ -2005,7 +2005,7 @@ class FileStore:
         """A directory is one group of keys when the delimiter is "/": one file in it will do."""
         self._require_bucket(bucket)
         start = max(start, prefix)
-        special = Walk(self._directories, spell(prefix), spell(start), False, sys.maxsize)
+        special = Walk(self._directories, spell(prefix), spell(start))
         spelled = special.below(f"{self._root}/.keys/{bucket}/")
         keys = ((unspell(name), name, path) for name, path in spelled)
         # A name that spell never gives, like that of somebody's .DS_Store, is no object's.
