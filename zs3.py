@@ -2334,8 +2334,6 @@ CHECKSUM_TYPES = {
     "SHA1": (COMPOSITE,),
     "SHA256": (COMPOSITE,),
 }
-
-
 UPLOAD_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -3131,11 +3129,13 @@ def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
 
 def put_part(store: Store, upload: Upload, key: str, body: Body) -> ObjectInfo:
     """Store a part. NoSuchUpload, and no part, if the upload has ended meanwhile."""
+    if upload.algorithm:
+        body.wanted.add(upload.algorithm)
     info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
     if find_upload(store, upload.bucket, upload.id) is None:
         store.delete_object(UPLOADS, key, NO_CONDITION)
         raise S3Error("NoSuchUpload", UploadId=upload.id)
-    return info
+    return replace(info, checksum_type="")  # that is for whole objects
 
 
 def upload_part(store: Store, request: Request) -> Response:
@@ -3146,11 +3146,8 @@ def upload_part(store: Store, request: Request) -> Response:
     if upload.algorithm and given:
         expected = f"expected checksum Type: {upload.algorithm}, actual: {', '.join(given)}"
         raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
-    if upload.algorithm:
-        request.body.wanted.add(upload.algorithm)
     info = put_part(store, upload, key, request.body)
-    headers = checksum_headers(replace(info, checksum_type=""))  # that is for whole objects
-    return Response(200, {"ETag": quoted(info.etag)} | headers)
+    return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
 
 
 def upload_part_copy(store: Store, request: Request) -> Response:
@@ -3161,10 +3158,8 @@ def upload_part_copy(store: Store, request: Request) -> Response:
     with open_copy_source(store, request) as (source, content):
         start, length = copied_range(request, source)
         body = Body(ContentReader(content, start, length), length)
-        if upload.algorithm:
-            body.wanted.add(upload.algorithm)
         info = put_part(store, upload, key, body)
-    return copy_result("CopyPartResult", replace(info, checksum_type=""))
+    return copy_result("CopyPartResult", info)
 
 
 def copied_range(request: Request, source: ObjectInfo) -> tuple[int, int]:
