@@ -2767,8 +2767,10 @@ class ListQuery:
             "EncodingType": encoding or None,
         }
 
-    def page(self, store: Store, start: str | None) -> Page:
-        """The page of objects from `start`: NoSuchBucket."""
+    def page(self, store: Store, marker: str, token: str | None = None) -> Page:
+        """The page of objects from a token, if there is one, or after a marker. NoSuchBucket."""
+        start = start_after(marker, self.prefix, self.delimiter)
+        start = start if token is None else decode_token(token)
         store.stat_bucket(self.bucket)
         scan = functools.partial(store.scan, self.bucket, self.prefix, delimiter=self.delimiter)
         return list_page(scan, self.prefix, self.delimiter, start, self.limit)
@@ -2783,7 +2785,7 @@ def list_objects(store: Store, request: Request) -> Response:
     """GET /bucket: version 1, in which a page continues after a marker."""
     query = ListQuery(request, "max-keys")
     marker = request.query.get("marker", "")
-    page = query.page(store, start_after(marker, query.prefix, query.delimiter))
+    page = query.page(store, marker)
     following = query.show(page.last) if page.next_start is not None and query.delimiter else None
     return listing(query, page, OWNER, Marker=query.show(marker), NextMarker=following)
 
@@ -2796,8 +2798,7 @@ def list_objects_v2(store: Store, request: Request) -> Response:
     after, token = request.query.get("start-after", ""), request.query.get("continuation-token")
     if token == "":
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect")
-    start = decode_token(token) if token else start_after(after, query.prefix, query.delimiter)
-    page = query.page(store, start)
+    page = query.page(store, after, token)
     following = encode_token(page.next_start) if page.next_start is not None else None
     owner = OWNER if request.query.get("fetch-owner") == "true" else None
     return listing(
@@ -2833,7 +2834,7 @@ def list_object_versions(store: Store, request: Request) -> Response:
     """GET /bucket?versions: each key has one, called null. Tools that empty a bucket ask so."""
     query = ListQuery(request, "max-keys")
     marker = request.query.get("key-marker", "")
-    page = query.page(store, start_after(marker, query.prefix, query.delimiter))
+    page = query.page(store, marker)
     following = None if page.next_start is None else query.show(page.last)
     return listing(
         query, page, OWNER, versions=True, KeyMarker=query.show(marker), VersionIdMarker="",
