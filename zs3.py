@@ -3466,11 +3466,11 @@ class Service:
 
 def error_response(request: Request, error: S3Error) -> Response:
     """The XML of an error. (S3 API reference, "REST error responses")"""
-    fields = {"Code": error.code, "Message": error.message, **error.details}
-    told = xml(**fields, Resource=request.path, RequestId=request.id, HostId=HOST_ID)
-    response = document("Error", told)
-    headers = response.headers | error.headers
-    return Response(error.status, headers, response.body, error.code)
+    response = document(
+        "Error", Code=error.code, Message=error.message, **error.details, Resource=request.path,
+        RequestId=request.id, HostId=HOST_ID,
+    )
+    return Response(error.status, response.headers | error.headers, response.body, error.code)
 
 
 def cors_headers(request: Request) -> dict[str, str]:
