@@ -1142,25 +1142,22 @@ def decode_digest(text: str, size: int, header: str, code: str = "InvalidRequest
     return value
 
 
+@dataclass
 class Body:
     """An object's bytes on their way in. Iterate once: blocks of at most BLOCK_BYTES, each valid
     until the next is asked for. The iteration ends only when all that the client declared was
     verified (length, MD5, SHA-256, checksums, signatures) and raises S3Error otherwise. After it,
     `length` is the bytes seen, `md5` their MD5 in hex, `checksums` those to store, in base64."""
 
-    def __init__(
-        self, source: WireBody | AwsChunks | ContentReader | io.BytesIO, size: int | None,
-        limit: int = MAX_PUT_BYTES,
-    ) -> None:
-        self.source = source
-        self.size = size  # as declared; None when the client did not say
-        self.length = 0
-        self.md5 = ""
-        self.checksums: dict[str, str] = {}
-        self.wanted = {"MD5"}  # the rows of DIGESTS to compute
-        self.expected: dict[str, bytes] = {}  # those of them whose value was declared
-        self.trailer = ""  # the one whose value comes after the data
-        self._limit = limit
+    source: WireBody | AwsChunks | ContentReader | io.BytesIO
+    size: int | None  # as declared; None when the client did not say
+    limit: int = MAX_PUT_BYTES
+    length: int = 0
+    md5: str = ""
+    checksums: dict[str, str] = field(default_factory=dict)
+    wanted: set[str] = field(default_factory=lambda: {"MD5"})  # the rows of DIGESTS to compute
+    expected: dict[str, bytes] = field(default_factory=dict)  # those whose value was declared
+    trailer: str = ""  # the one whose value comes after the data
 
     def expect(self, name: str, value: bytes) -> None:
         """The value declared for a row of DIGESTS."""
@@ -1217,9 +1214,9 @@ class Body:
             hashing.result()
 
     def _check_length(self) -> None:
-        if max(self.length, self.size or 0) > self._limit:
+        if max(self.length, self.size or 0) > self.limit:
             proposed = self.size or self.length
-            raise S3Error("EntityTooLarge", MaxSizeAllowed=self._limit, ProposedSize=proposed)
+            raise S3Error("EntityTooLarge", MaxSizeAllowed=self.limit, ProposedSize=proposed)
         if self.size is not None and self.length > self.size:
             raise S3Error("IncompleteBody", "The body is longer than it declared.")
 
@@ -1253,7 +1250,7 @@ class Body:
 
     def read_all(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
         """A small document, whole and verified; EntityTooLarge beyond `limit` bytes."""
-        self._limit = limit
+        self.limit = limit
         return b"".join(bytes(block) for block in self)
 
 
@@ -3407,13 +3404,13 @@ def check_permission(request: Request, permission: str) -> None:
 HEALTH_PATHS = ("/_zs3/health", "/minio/health/live", "/minio/health/ready")
 
 
+@dataclass
 class Service:
     """Answers requests: everything between a parsed head and a Response."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self.store = store
-        self.settings = settings
-        self.ready = False  # for health checks: what was to be done at the start is done
+    store: Store
+    settings: Settings
+    ready: bool = False  # for health checks: what was to be done at the start is done
 
     def waits(self, request: Request) -> bool:
         """Whether the answer may take long, or wait for others; what peers ask does neither."""
