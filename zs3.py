@@ -2332,6 +2332,7 @@ CHECKSUM_TYPES = {
     "SHA256": (COMPOSITE,),
 }
 UPLOAD_ID = re.compile("[0-9a-f]{32}")
+UPLOAD_HEADERS = ("zs3-key", "zs3-algorithm", "zs3-checksum-type")  # beside the future object's
 
 
 class Upload(NamedTuple):
@@ -2360,10 +2361,9 @@ def find_upload(store: Store, bucket: str, upload_id: str) -> Upload | None:
             raise
         return None
     headers = dict(info.headers)
-    if "zs3-key" not in headers:
+    key, algorithm, kind = (headers.pop(name, "") for name in UPLOAD_HEADERS)
+    if not key:
         return None  # its description was lost, as by a copy of the folder without attributes
-    key, algorithm = headers.pop("zs3-key"), headers.pop("zs3-algorithm")
-    kind = headers.pop("zs3-checksum-type")
     return Upload(upload_id, bucket, key, info.modified, algorithm, kind, headers)
 
 
@@ -3101,7 +3101,7 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     kind = request.header("x-amz-checksum-type").upper() or kinds[0]
     if kind not in kinds:
         raise S3Error("InvalidRequest", f"The type {kind} does not go with {algorithm or 'none'}.")
-    described = {"zs3-key": request.key, "zs3-algorithm": algorithm, "zs3-checksum-type": kind}
+    described = dict(zip(UPLOAD_HEADERS, (request.key, algorithm, kind), strict=True))
     upload_id = f"{time.time_ns():016x}{secrets.token_hex(8)}"  # in the order of time
     key, headers = f"{request.bucket}/{upload_id}/00000", stored_headers(request.headers)
     store.put_object(UPLOADS, key, Body(io.BytesIO(), 0), headers | described, NO_CONDITION)
