@@ -3118,15 +3118,10 @@ def create_multipart_upload(store: Store, request: Request) -> Response:
     return response
 
 
-def requested_part(store: Store, request: Request) -> tuple[Upload, str]:
-    """The upload that a request names, and the key in UPLOADS of the part."""
+def put_part(store: Store, request: Request, upload: Upload, body: Body) -> ObjectInfo:
+    """Store the part that a request names. NoSuchUpload, and no part, if the upload has ended."""
     number = parse_integer(request.query["partNumber"], "partNumber", 1, MAX_PART_NUMBER)
-    upload = requested_upload(store, request)
-    return upload, upload.part_key(number)
-
-
-def put_part(store: Store, upload: Upload, key: str, body: Body) -> ObjectInfo:
-    """Store a part. NoSuchUpload, and no part, if the upload has ended meanwhile."""
+    key = upload.part_key(number)
     if upload.algorithm:
         body.wanted.add(upload.algorithm)
     info = store.put_object(UPLOADS, key, body, {}, NO_CONDITION)
@@ -3139,12 +3134,12 @@ def put_part(store: Store, upload: Upload, key: str, body: Body) -> ObjectInfo:
 def upload_part(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId."""
     check_upload(request)
-    upload, key = requested_part(store, request)
+    upload = requested_upload(store, request)
     given = CHECKSUMS.keys() & request.body.wanted - {upload.algorithm}
     if upload.algorithm and given:
         expected = f"expected checksum Type: {upload.algorithm}, actual: {', '.join(given)}"
         raise S3Error("InvalidRequest", f"Checksum Type mismatch occurred, {expected}")
-    info = put_part(store, upload, key, request.body)
+    info = put_part(store, request, upload, request.body)
     return Response(200, {"ETag": quoted(info.etag)} | checksum_headers(info))
 
 
@@ -3152,11 +3147,11 @@ def upload_part_copy(store: Store, request: Request) -> Response:
     """PUT /bucket/key?partNumber&uploadId with x-amz-copy-source."""
     refuse_headers(request.headers)
     request.body.read_all(0)
-    upload, key = requested_part(store, request)
+    upload = requested_upload(store, request)
     with open_copy_source(store, request) as (source, content):
         start, length = copied_range(request, source)
         body = Body(ContentReader(content, start, length), length)
-        info = put_part(store, upload, key, body)
+        info = put_part(store, request, upload, body)
     return copy_result("CopyPartResult", info)
 
 
