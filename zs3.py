@@ -224,14 +224,12 @@ OS_ERRORS = {
 
 
 class S3Error(Exception):
-    """An answer other than success. `code` is a row of ERRORS; `details` become elements of the
-    answer's XML; what is put into `headers` is added to its headers."""
+    """An answer but success: a row of ERRORS, and `details`, which become elements of the XML."""
 
     def __init__(self, code: str, message: str = "", /, **details: object) -> None:
         self.code = code
         self.status, default = ERRORS[code]
         self.message = message or default
-        self.headers: dict[str, str] = {}
         self.details = details
         super().__init__(f"{code}: {self.message}")
 
@@ -409,9 +407,7 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(size - int(last), 0)
     end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
-        error = S3Error("InvalidRange", ActualObjectSize=size, RangeRequested=text)
-        error.headers["Content-Range"] = f"bytes */{size}"
-        raise error
+        raise S3Error("InvalidRange", ActualObjectSize=size, RangeRequested=text)
     return start, end - start + 1
 
 
@@ -3462,7 +3458,9 @@ def error_response(request: Request, error: S3Error) -> Response:
         "Error", Code=error.code, Message=error.message, **error.details, Resource=request.path,
         RequestId=request.id, HostId=HOST_ID,
     )
-    return Response(error.status, response.headers | error.headers, response.body, error.code)
+    if "RangeRequested" in error.details:  # RFC 9110, 15.5.17
+        response.headers["Content-Range"] = f"bytes */{error.details['ActualObjectSize']}"
+    return Response(error.status, response.headers, response.body, error.code)
 
 
 def cors_headers(request: Request) -> dict[str, str]:
