@@ -831,8 +831,8 @@ def check_signature(request: Request, auth: Authorization, key: bytes) -> None:
 
 
 def authenticate(request: Request, now: float) -> Authorization | None:
-    """Whose request this is, by its head alone: None when nobody signed it. `now` is in seconds
-    since the epoch. The S3Error of whatever does not hold."""
+    """Find out whose request this is, by its head alone: None when nobody signed it. `now` is in
+    seconds since the epoch. The S3Error of whatever does not hold."""
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
     if "AWSAccessKeyId" in request.query and not in_query:
         raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
@@ -852,6 +852,7 @@ def authenticate(request: Request, now: float) -> Authorization | None:
     check_date(auth, now)
     check_signed_headers(request, auth)
     check_signature(request, auth, signing_key(credential.secret, auth.date, auth.region))
+    request.credential = credential
     return auth
 
 
@@ -1296,11 +1297,10 @@ def open_chunked_body(request: Request, payload: str, auth: Authorization | None
     key = b""
     if payload == UNSIGNED_TRAILER:
         auth = None
-    elif auth is None:
+    elif auth is None or request.credential is None:
         raise S3Error("AccessDenied", "Signed chunks need a signed request.")
     else:
-        secret = request.settings.credentials[auth.access].secret
-        key = signing_key(secret, auth.date, auth.region)
+        key = signing_key(request.credential.secret, auth.date, auth.region)
     declared = request.header("x-amz-decoded-content-length")
     if not declared:
         raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
@@ -3433,7 +3433,6 @@ class Service:
             return self.store.internal(request)
         check_host(request)
         auth = authenticate(request, time.time())
-        request.credential = self.settings.credentials[auth.access] if auth else None
         if auth is not None and auth.expires is not None:
             request.headers = headers_in_query(request.query) | request.headers
         if request.credential is None:
