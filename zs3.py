@@ -4087,17 +4087,21 @@ def parse_duration(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def parse_names(text: str) -> list[str]:
-    """Words separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def parse_origins(text: str) -> list[str]:
-    """Origins as browsers send them, or *."""
-    names = parse_names(text)
-    if wrong := [name for name in names if not re.fullmatch(r"\*|null|[^/]+://[^/]+", name)]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no origin such as https://example.com")
+def parse_names(
+    text: str, is_right: Callable[[str], object] = bool, what: str = "name"
+) -> list[str]:
+    """Words separated by commas, each of them right."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in names if not is_right(name)]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no {what}")
     return names
+
+
+parse_buckets = functools.partial(parse_names, is_right=is_bucket_name, what="valid bucket name")
+parse_origins = functools.partial(
+    parse_names, is_right=re.compile(r"\*|null|[^/]+://[^/]+").fullmatch,  # as browsers send them
+    what="origin such as https://example.com",
+)
 
 
 def parse_domain(text: str) -> str:
@@ -4106,14 +4110,6 @@ def parse_domain(text: str) -> str:
     if not re.fullmatch(r"([a-z0-9_-]+\.)*[a-z0-9_-]+|", name):
         raise argparse.ArgumentTypeError(f"{text!r} is no domain such as s3.example.com")
     return name
-
-
-def parse_buckets(text: str) -> list[str]:
-    """Bucket names separated by commas."""
-    names = parse_names(text)
-    if wrong := [name for name in names if not is_bucket_name(name)]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not a valid bucket name")
-    return names
 
 
 def parse_acl(text: str) -> Credentials:
