@@ -629,11 +629,10 @@ STREAMING_PAYLOADS = (SIGNED_CHUNKS, SIGNED_CHUNKS_TRAILER, UNSIGNED_TRAILER)
 
 
 class Authorization(NamedTuple):
-    """What a request says of its signature. `date` is YYYYMMDD, `amz_date` YYYYMMDDTHHMMSSZ,
-    `expires` the seconds that a presigned URL holds, None for a signature in the header."""
+    """What a request says of its signature. `amz_date` is YYYYMMDDTHHMMSSZ, `expires` the seconds
+    that a presigned URL holds, None for a signature in the header."""
 
     access: str
-    date: str
     region: str
     amz_date: str
     signed_headers: str  # lower-case names joined by ";"
@@ -643,7 +642,7 @@ class Authorization(NamedTuple):
     @property
     def scope(self) -> str:
         """The credential scope."""
-        return f"{self.date}/{self.region}/s3/aws4_request"
+        return f"{self.amz_date[:8]}/{self.region}/s3/aws4_request"
 
 
 def sha256_hex(data: bytes | bytearray) -> str:
@@ -707,14 +706,14 @@ def parse_amz_date(amz_date: str) -> float:
     raise S3Error("AccessDenied", "The request needs a date of the form YYYYMMDDTHHMMSSZ.")
 
 
-def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str, str]:
-    """Access key, date, region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
+def credential_scope(text: str, amz_date: str, code: str) -> tuple[str, str]:
+    """Access key and region of `ACCESS/YYYYMMDD/REGION/s3/aws4_request`; or S3Error(code)."""
     pieces = text.rsplit("/", 4)
     if len(pieces) != 5 or pieces[3:] != ["s3", "aws4_request"] or not pieces[0]:
         raise S3Error(code, "The Credential must be ACCESS-KEY/YYYYMMDD/REGION/s3/aws4_request.")
     if pieces[1] != amz_date[:8]:
         raise S3Error(code, "The date of the Credential is not that of the request.")
-    return pieces[0], pieces[1], pieces[2]
+    return pieces[0], pieces[2]
 
 
 def authorization_from_header(request: Request) -> Authorization:
@@ -851,7 +850,7 @@ def authenticate(request: Request, now: float) -> Authorization | None:
         raise S3Error("InvalidToken")
     check_date(auth, now)
     check_signed_headers(request, auth)
-    check_signature(request, auth, signing_key(credential.secret, auth.date, auth.region))
+    check_signature(request, auth, signing_key(credential.secret, auth.amz_date[:8], auth.region))
     request.credential = credential
     return auth
 
@@ -1300,7 +1299,7 @@ def open_chunked_body(request: Request, payload: str, auth: Authorization | None
     elif auth is None or request.credential is None:
         raise S3Error("AccessDenied", "Signed chunks need a signed request.")
     else:
-        key = signing_key(request.credential.secret, auth.date, auth.region)
+        key = signing_key(request.credential.secret, auth.amz_date[:8], auth.region)
     declared = request.header("x-amz-decoded-content-length")
     if not declared:
         raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
