@@ -1466,8 +1466,8 @@ class Store(Protocol):
     def stat_bucket(self, bucket: str) -> BucketInfo:
         """NoSuchBucket."""
 
-    def create_bucket(self, bucket: str) -> bool:
-        """False when it was there."""
+    def create_bucket(self, bucket: str) -> None:
+        """Nothing happens when it was there."""
 
     def delete_bucket(self, bucket: str) -> None:
         """NoSuchBucket, BucketNotEmpty."""
@@ -1805,19 +1805,18 @@ class FileStore:
                 return BucketInfo(bucket, os.stat(path).st_mtime)
         raise S3Error("NoSuchBucket", BucketName=bucket)
 
-    def create_bucket(self, bucket: str) -> bool:
+    def create_bucket(self, bucket: str) -> None:
         make_own_folders(self._root)  # somebody may have removed everything, to begin anew
         with self._lock(bucket):
             try:
                 os.mkdir(self._bucket_path(bucket))
             except FileExistsError:
                 self._require_bucket(bucket)  # it might be a file
-                return False
+                return
             os.makedirs(os.path.dirname(self._created_path(bucket)), exist_ok=True)
             with open(self._created_path(bucket), "w", encoding="utf-8"):
                 pass  # its mtime is what it says
             self._sync_folder(self._root)
-        return True
 
     def delete_bucket(self, bucket: str) -> None:
         """Nothing but empty directories is ever removed, so no race can lose an object. What a PUT

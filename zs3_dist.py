@@ -2882,10 +2882,9 @@ class DistributedStore:
             raise S3Error("NoSuchBucket", BucketName=bucket)
         return BucketInfo(bucket, value["bucket"]["created"])
 
-    def create_bucket(self, bucket: str) -> bool:
+    def create_bucket(self, bucket: str) -> None:
         ours = {"id": secrets.token_hex(8), "bucket": {"created": time.time(), "state": "open"}}
-        value = self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
-        return value is not None and value["id"] == ours["id"]
+        self._run(self.rounds.change(bucket, "", lambda current: None if current else ours))
 
     def delete_bucket(self, bucket: str) -> None:
         """First the bucket is marked: its owners then refuse new objects. An object that was
