@@ -293,16 +293,24 @@ def tuple_field(*checks: Check) -> Check:
     return checked
 
 
+def fields_field(checks: Mapping[str, Check]) -> Check:
+    """A check for an object with exactly these fields, each as its check wants it."""
+
+    def checked(raw: Any) -> Message:
+        need(isinstance(raw, dict) and raw.keys() == checks.keys(), "fields")
+        return {name: check(raw[name]) for name, check in checks.items()}
+
+    return checked
+
+
 def optional_field(check: Check) -> Check:
     """A check for null or what passes `check`."""
     return lambda raw: None if raw is None else check(raw)
 
 
-number_field = field_that(lambda raw: type(raw) is int and 0 <= raw <= MAX_COUNTER, "number")
-flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
-ballot_field = text_field(BALLOT)
-hashes_field = list_field(text_field(HASH))
-bucket_field = text_field(BUCKET)
+def number_up_to(limit: int, least: int = 0) -> Check:
+    """A check for an integer from `least` to `limit`."""
+    return field_that(lambda raw: type(raw) is int and least <= raw <= limit, "number")
 
 
 def key_up_to(limit: int) -> Check:
@@ -310,6 +318,11 @@ def key_up_to(limit: int) -> Check:
     return field_that(lambda raw: isinstance(raw, str) and len(raw.encode()) <= limit, "key")
 
 
+number_field = number_up_to(MAX_COUNTER)
+flag_field = field_that(lambda raw: isinstance(raw, bool), "flag")
+ballot_field = text_field(BALLOT)
+hashes_field = list_field(text_field(HASH))
+bucket_field = text_field(BUCKET)
 key_field = key_up_to(MAX_REGISTER_BYTES)  # "" is the bucket's own register
 asked_field = key_up_to(zs3.MAX_HEAD_BYTES)  # what a client asks a listing for, of any length
 
@@ -358,18 +371,15 @@ def info_field(raw: Any) -> Any:
     return raw
 
 
-def bucket_record_field(raw: Any) -> Any:
-    """{"created": seconds, "state": "open" or "deleting"}."""
-    need(isinstance(raw, dict) and set(raw) == {"created", "state"}, "bucket record")
-    need(isinstance(raw["created"], (int, float)) and raw["state"] in ("open", "deleting"), "state")
-    return raw
-
-
-def view_field(raw: Any) -> View:
-    """View.as_json()."""
-    return View.from_json(raw)
-
-
+view_field = fields_field({
+    "cluster": text_field(WRITE_ID), "epoch": number_field,
+    "replicas": number_up_to(CONTACTS_PER_BUCKET, least=1),
+    "members": members_field, "previous": members_field,
+})
+bucket_record_field = fields_field({
+    "created": field_that(lambda raw: isinstance(raw, (int, float)), "time"),  # seconds
+    "state": field_that(lambda raw: raw in ("open", "deleting"), "state"),
+})
 VALUE_FIELDS: dict[str, Check] = {
     "id": text_field(WRITE_ID),  # which write made it; with nothing but a base, a tombstone
     "base": text_field(BALLOT, empty=True),  # what it replaced was accepted there, or below
@@ -429,10 +439,7 @@ MESSAGES: dict[str, dict[str, Check]] = {
 
 def parse_message(name: str, body: bytes | bytearray) -> Message:
     """The checked fields of message `name`. ValueError when the body is not exactly that."""
-    fields = MESSAGES[name]
-    raw = json.loads(body.decode())
-    need(isinstance(raw, dict) and raw.keys() == fields.keys(), "fields")
-    return {field_name: check(raw[field_name]) for field_name, check in fields.items()}
+    return cast(Message, fields_field(MESSAGES[name])(json.loads(body.decode())))
 
 
 JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -1259,13 +1266,7 @@ class View:
     @classmethod
     def from_json(cls, raw: Any) -> View:
         """ValueError unless it is `as_json` of some view."""
-        names = {"cluster", "epoch", "replicas", "members", "previous"}
-        need(isinstance(raw, dict) and set(raw) == names, "view")
-        need(1 <= number_field(raw["replicas"]) <= CONTACTS_PER_BUCKET, "replicas")
-        return cls(
-            text_field(WRITE_ID)(raw["cluster"]), number_field(raw["epoch"]), raw["replicas"],
-            members_field(raw["members"]), members_field(raw["previous"]),
-        )
+        return cls(**view_field(raw))
 
 
 NO_VIEW = View("", 0, 1, ())  # of a node that has not found its cluster yet
@@ -2278,9 +2279,9 @@ class Node:
             "views": self.registers.views_after(epoch), "silent": self.silent(self.patience),
         }
 
-    def on_views(self, views: list[View]) -> Message:
+    def on_views(self, views: list[Message]) -> Message:
         """Newer views were decided."""
-        self.registers.adopt(views)
+        self.registers.adopt(View(**fields) for fields in views)
         return {"done": True}
 
     def on_find(self, target: str) -> Message:
