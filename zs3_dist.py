@@ -1461,38 +1461,33 @@ class Registers:
             for view in views:
                 need(self.view is NO_VIEW or view.cluster == self.view.cluster, "cluster")
                 if self.view is not NO_VIEW and view.epoch == self.view.epoch + 1:
-                    self._enter(view)
+                    self._enter([view])
                     entered = True
         return entered
-
-    def _enter(self, view: View) -> None:
-        with self._transaction():
-            row = (view.epoch, json.dumps(view.as_json()))
-            self._db.execute("INSERT OR REPLACE INTO views VALUES (?, ?)", row)
-            known = self._all("SELECT bucket FROM registers UNION SELECT bucket FROM floors")
-            self._drop_buckets([name for (name,) in known if not view.asks(self.own, name)])
-        self.view = view
-        self._count()
-
-    def _drop_buckets(self, buckets: Sequence[str]) -> None:
-        for start in range(0, len(buckets), BATCH // 2):  # SQLite may take no more than 999 values
-            some = buckets[start : start + BATCH // 2]
-            marks = ",".join("?" * len(some))
-            for table in ("registers", "refs", "floors", "doubts"):
-                self._db.execute(f"DELETE FROM {table} WHERE bucket IN ({marks})", some)
-        self._bases.clear()
 
     def install(self, views: Sequence[View]) -> None:
         """Begin anew with the history of a cluster that this node is not a member of: it takes the
         others' word, and keeps no register."""
         with self.lock:
-            with self._transaction():
-                for table in ("registers", "refs", "floors", "doubts", "meta", "views"):
-                    self._db.execute(f"DELETE FROM {table}")
-                rows = ((view.epoch, json.dumps(view.as_json())) for view in views)
-                self._db.executemany("INSERT INTO views VALUES (?, ?)", rows)
-            self._bases.clear()
-            self.view, self.objects, self.synced = views[-1], 0, 0
+            self._enter(views, anew=True)
+            self.synced = 0
+
+    def _enter(self, views: Sequence[View], anew: bool = False) -> None:
+        with self._transaction():
+            for table in ("meta", "views") if anew else ():
+                self._db.execute(f"DELETE FROM {table}")
+            rows = [(view.epoch, json.dumps(view.as_json())) for view in views]
+            self._db.executemany("INSERT OR REPLACE INTO views VALUES (?, ?)", rows)
+            known = self._all("SELECT bucket FROM registers UNION SELECT bucket FROM floors")
+            gone = [row for row in known if anew or not views[-1].asks(self.own, *row)]
+            for table in ("registers", "floors", "doubts"):
+                self._db.executemany(f"DELETE FROM {table} WHERE bucket = ?", gone)
+            if gone:  # in one walk: they are sorted by hash
+                kept = "SELECT bucket FROM registers"
+                self._db.execute(f"DELETE FROM refs WHERE bucket NOT IN ({kept})")
+        self._bases.clear()
+        self.view = views[-1]
+        self._count()
 
     def views_after(self, epoch: int) -> list[Value]:
         """The first of the views after `epoch`, oldest first: no more than a message holds."""
