@@ -640,13 +640,13 @@ class Peers:
 
     def __init__(self, seal: Seal) -> None:
         self.seal = seal
-        self._lock = threading.Lock()  # guards _idle, _owed, _skipped, _slow, under_way
+        self._lock = threading.Lock()  # guards _idle, _owed, _skipped, _slow
         self._idle: dict[str, list[Link]] = {}
         self._owed: dict[str, list[Call]] = {}  # whose answers nobody waits for; by address, too
         self.moved: dict[Contact, Contact] = {}  # as the view has it -> where it last spoke from
         self._skipped: dict[int, float] = {}  # node -> monotonic time until which
         self._slow: dict[int, float] = {}  # the same
-        self.under_way = 0  # exchanges
+        self.under_way: set[Exchange] = set()
         self.closed = False
 
     def skipped(self, node: int) -> bool:
@@ -688,13 +688,12 @@ class Peers:
         up to `linger` seconds later, until `first` are good), or all answered or timed out."""
         if self.moved:
             questions = [each._replace(to=self.moved.get(each.to, each.to)) for each in questions]
-        with self._lock:
-            self.under_way += 1
+        exchange = Exchange(self, questions, seconds)
+        self.under_way.add(exchange)
         try:
-            return Exchange(self, questions, seconds).run(enough, first, linger, meanwhile)
+            return exchange.run(enough, first, linger, meanwhile)
         finally:
-            with self._lock:
-                self.under_way -= 1
+            self.under_way.remove(exchange)
 
     def take(self, address: str) -> Link:
         """A connection to `address`, kept alive or new. OSError when there can be none."""
@@ -837,7 +836,7 @@ class Exchange:
         node is under way, look for it a while before going to sleep; whoever can compute meanwhile,
         does."""
         eager = time.monotonic() + min(seconds, EAGER_SECONDS)
-        while self.peers.under_way == 1 and time.monotonic() < eager:
+        while len(self.peers.under_way) == 1 and time.monotonic() < eager:
             if ready := self.poller.poll(0):
                 return ready
             os.sched_yield()
@@ -1197,9 +1196,19 @@ def read_quorum(owners: int) -> int:
     return owners - change_quorum(owners) + 1
 
 
+def ids(contacts: Iterable[Contact]) -> set[int]:
+    """Their node ids."""
+    return {contact.node for contact in contacts}
+
+
 def everyone(groups: Groups) -> list[Contact]:
     """All that are in some group, each once: at its newest address, that of the first group."""
     return list({c.node: c for group in reversed(groups) for c in group}.values())
+
+
+def only(groups: Groups, keeps: Callable[[Contact], bool]) -> Groups:
+    """The groups of those contacts that it `keeps`; empty ones are left out."""
+    return tuple(filter(None, (tuple(filter(keeps, group)) for group in groups)))
 
 
 def covers(groups: Groups, nodes: Collection[int], quorum: Callable[[int], int]) -> bool:
@@ -1234,11 +1243,11 @@ class View:
 
     def owns(self, node: int, bucket: str) -> bool:
         """Is `node` one of the owners of `bucket` (not: was it)?"""
-        return any(contact.node == node for contact in self.groups(bucket)[0])
+        return node in ids(self.groups(bucket)[0])
 
     def asks(self, node: int, bucket: str) -> bool:
         """Is `node` an owner of `bucket`, or while owners change, was it?"""
-        return any(contact.node == node for group in self.groups(bucket) for contact in group)
+        return node in ids(everyone(self.groups(bucket)))
 
     def member(self, node: int) -> Contact | None:
         """The member of that id."""
@@ -1251,8 +1260,8 @@ class View:
     def with_members(self, members: Iterable[Contact]) -> View:
         """The view that should follow: joint, unless only addresses changed."""
         after = tuple(sorted(members))
-        same = {contact.node for contact in after} == {contact.node for contact in self.members}
-        previous = self.previous if same or self.previous else self.members
+        joint = self.previous or ids(after) == ids(self.members)
+        previous = self.previous if joint else self.members
         return replace(self, epoch=self.epoch + 1, members=after, previous=previous)
 
     def as_json(self) -> Value:
@@ -1304,6 +1313,11 @@ def head_and_tail(value: Value) -> tuple[str, str | None]:
     head = json.dumps({name: one for name, one in value.items() if name not in TAIL})
     rest = {name: value[name] for name in TAIL if name in value}
     return head, json.dumps(rest) if live(value) else None
+
+
+def whole_value(head: str, tail: str | None) -> Value:
+    """The inverse of `head_and_tail`."""
+    return {**json.loads(head), **(json.loads(tail) if tail else {})}
 
 
 def tombstone() -> Value:
@@ -1526,10 +1540,7 @@ class Registers:
         promised, accepted, chosen, head, tail = rows[0]
         if not accepted:  # as `buried` counts on: for such a key the floor is what is known
             promised = max(promised, self.floor(bucket))
-        value = None
-        if head and not (brief and tail):
-            value = json.loads(head)
-            value.update(json.loads(tail) if tail else {})
+        value = whole_value(head, tail) if head and not (brief and tail) else None
         return Slot(promised, accepted, bool(chosen), value)
 
     def floor(self, bucket: str) -> str:
@@ -1955,10 +1966,8 @@ class Rounds:
         """The live value of a register, and what is known of its bucket. One round trip when a
         change quorum agrees; otherwise it finishes the change it found. SlowDown."""
         place = {"bucket": bucket, "key": key, "brief": False}
-        view, answers = yield from self.gather(
-            "read", bucket, place, "accepted", read_quorum,
-            lambda groups, having: weigh(groups, told_of(having)).settled,
-        )
+        steps = self.gather("read", bucket, place, "accepted", read_quorum, settled)
+        view, answers = yield from steps
         groups = view.groups(bucket)
         top = weigh(groups, told_of(answers))
         if not top.settled:
@@ -2142,7 +2151,7 @@ class Change:
         """Have the value accepted by a change quorum of each group."""
         message = {**place, "value": value, "chosen": False, "basis": basis}
         last = self._last(groups)
-        first = without(groups, last)
+        first = only(groups, lambda contact: contact != last)
         done: set[int] = set()
         if first:
             # All others are asked, and those with `last` must be enough.
@@ -2160,8 +2169,7 @@ class Change:
         answers = yield Ask("accept", {**message, "chosen": True}, ours, bool)
         if not self._accepted(groups, ours, message["ballot"], answers):
             return False
-        told = tuple(tuple(contact for contact in group if contact.node in done) for group in first)
-        if any(told):
+        if told := only(first, lambda contact: contact.node in done):
             yield Ask("learn", place, told, lambda answers: done <= set(answers), wide=True)
         return True
 
@@ -2182,12 +2190,6 @@ class Change:
         if self.mine is not None and any(c.node not in sure_not for c in everyone(asked)):
             self.tried = self.tried or ballot
         return done
-
-
-def without(groups: Groups, last: Contact | None) -> Groups:
-    """The groups less one contact; empty ones are left out."""
-    less = (tuple(contact for contact in group if contact != last) for group in groups)
-    return tuple(group for group in less if group)
 
 
 def refused(answers: Answers) -> bool:
@@ -2261,7 +2263,7 @@ class Node:
 
     def silent(self, least: float) -> list[str]:
         """Members that this node has not heard for longer than `least` seconds, in hex."""
-        now, others = self.clock(), {c.node for c in self.registers.view.members} - {self.own.node}
+        now, others = self.clock(), ids(self.registers.view.members) - {self.own.node}
         silences = {node: now - self.heard.setdefault(node, now) for node in others}
         return [node_hex(node) for node, seconds in silences.items() if seconds > least]
 
@@ -2459,7 +2461,11 @@ class Cluster:
             return ask.enough(answers)
 
         here = {self.own.node} if look else answers.keys()
-        first = self._first(ask, others, here)
+        # How many of the others make a quorum with those.
+        first = 1 + bisect.bisect_left(
+            range(1, len(others)), True,
+            key=lambda count: covers(ask.groups, {*here, *ids(others[:count])}, ask.quorum),
+        )
         if ask.wide:
             first = max(first, sum(not self.peers.skipped(contact.node) for contact in others))
         take(self.tell(ask.name, ask.message, others, enough, first, look))
@@ -2468,15 +2474,6 @@ class Cluster:
             asked = [] if ask.enough(answers) else everyone(ask.groups)
             replies = self.tell(ask.name, ask.message, self.share_views(answers, asked))
             answers.update((node, reply.json()) for node, reply in replies.items())
-
-    def _first(self, ask: Ask, others: list[Contact], answers: Collection[int]) -> int:
-        """How many of `others` make a quorum with the answers that are there."""
-        nodes = set(answers)
-        for count, contact in enumerate(others, 1):
-            nodes.add(contact.node)
-            if covers(ask.groups, nodes, ask.quorum):
-                return count
-        return len(others)
 
     def share_views(self, answers: Mapping[int, Message], asked: Iterable[Contact]) -> Group:
         """Enter newer views that came back; tell ours to those that are behind. Returns these."""
@@ -3107,7 +3104,7 @@ class DistributedStore:
         values: dict[str, Value] = {}
         prefix = parts[0].key.rpartition("/")[0] + "/"
         for part_key, head, tail in self._entries(UPLOADS, prefix, min(wanted), "", True):
-            value = {**json.loads(head), **json.loads(tail or "{}")}
+            value = whole_value(head, tail)
             if value["info"]["etag"] == wanted.get(part_key):
                 values[part_key] = value
         if len(values) < len(wanted):
@@ -3322,7 +3319,7 @@ class Housekeeping:
         """Was this node no owner of the bucket before? Then what it pulls is no vote: it made none
         of the promises by which an owner may have refused the same."""
         before = view.groups(bucket)[1:]
-        return any(self.node.own.node not in {c.node for c in group} for group in before)
+        return any(self.node.own.node not in ids(group) for group in before)
 
     def _end_doubts(self) -> None:
         """Have a round decide what was pulled and is not with a change quorum of its owners: it may
@@ -3735,7 +3732,7 @@ class Membership:
             return ((self.node.own,),)
         groups = now.groups(VIEWS)
         if self._left_alone(now.previous) and after.member(cast(int, self.ordered)) is None:
-            return tuple(tuple(c for c in group if c.node != self.ordered) for group in groups)
+            return only(groups, lambda contact: contact.node != self.ordered)
         return groups
 
     def _is_complete(self, view: View) -> bool:
@@ -3744,7 +3741,7 @@ class Membership:
 
     def _left_alone(self, pair: Group) -> bool:
         """Are these two this node and the one that the operator orders to forget?"""
-        return len(pair) == 2 and {c.node for c in pair} == {self.node.own.node, self.ordered}
+        return len(pair) == 2 and ids(pair) == {self.node.own.node, self.ordered}
 
     def settle(self) -> None:
         """End a joint view when enough members have all that was known before it (section 7)."""
@@ -3754,7 +3751,7 @@ class Membership:
         asked = [c for c in view.members if not self.cluster.peers.skipped(c.node)]
         answers = self.cluster.call_all("hello", {"epoch": view.epoch}, asked)
         synced = {node for node, answer in answers.items() if answer["synced"] >= view.epoch}
-        before, now = ({c.node for c in group} for group in (view.previous, view.members))
+        before, now = ids(view.previous), ids(view.members)
         # Where one left, others may own what they did not, unless each owned everything.
         may_be_late = before if before <= now or len(before) <= view.replicas else set()
         late, least = now - synced, read_quorum(min(view.replicas, len(now)))

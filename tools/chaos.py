@@ -1462,7 +1462,7 @@ PLANTED = (
     Planted(
         "a read takes the newest of a majority, though a change is half-way",
         {
-            "weigh(groups, told_of(having)).settled,": "True,",
+            '"accepted", read_quorum, settled)': '"accepted", read_quorum)',
             "if not top.settled:\n" + " " * 12 + "return": "if False:\n" + " " * 12 + "return",
         },
         lambda number, modules: chaos(number, 20, 3, ("slow", "one-way", "partition"), modules),
