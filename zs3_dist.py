@@ -2849,8 +2849,12 @@ class DistributedStore:
     # --- Buckets ---
 
     def list_buckets(self) -> list[BucketInfo]:
-        """So many of all members must answer that each bucket has a read quorum."""
-        steps = self.rounds.gather("buckets", VIEWS, {}, "buckets", self._most)
+        """So many of all members must answer that every bucket's read quorum is among them."""
+        replicas = self.cluster.view().replicas
+        steps = self.rounds.gather(
+            "buckets", VIEWS, {}, "buckets",
+            lambda members: members - change_quorum(min(replicas, members)) + 1,
+        )
         view, answers = self._run(steps)
         told: dict[str, dict[int, Sequence[Any]]] = {}
         for node, answer in answers.items():
@@ -2862,10 +2866,6 @@ class DistributedStore:
             if value is not None:
                 found.append(BucketInfo(name, value["bucket"]["created"]))
         return found
-
-    def _most(self, members: int) -> int:
-        """So many of the members that every bucket's read quorum is among them."""
-        return members - change_quorum(min(self.cluster.view().replicas, members)) + 1
 
     def stat_bucket(self, bucket: str, known: Top | None = None) -> BucketInfo:
         if bucket == UPLOADS:
@@ -3638,12 +3638,10 @@ class Membership:
         self.waiting = True
 
     def _found(self) -> None:
-        """So does a founder that lost its disk, when it is started by the same command. Then the
-        members of its cluster ask for the old node at this address, within PULL_SECONDS and the
-        time that they take to connect; it hears of them by that (`Seal.misled`) and gives itself up
-        (`_merge`). Until then it says nothing of buckets and makes none. It founds at once all the
-        same, so that nobody who joins has to wait. But where somebody has joined before it heard of
-        them, there are two clusters: it cannot give itself up any more, and says so (`_ask`)."""
+        """At once, so that nobody who joins has to wait: also by a founder that lost its disk, when
+        started by the same command. Members of its cluster will soon ask for the old node here
+        (`Seal.misled`), and it gives itself up (`_merge`); until then it makes no bucket (`_run`).
+        But if somebody joined it before, there are two clusters, and it says so (`_ask`)."""
         view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
         self.registers.install([view])
         LOG.info("founded a cluster")
