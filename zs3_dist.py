@@ -2461,11 +2461,11 @@ class Cluster:
             return ask.enough(answers)
 
         here = {self.own.node} if look else answers.keys()
-        # How many of the others make a quorum with those.
-        first = 1 + bisect.bisect_left(
-            range(1, len(others)), True,
-            key=lambda count: covers(ask.groups, {*here, *ids(others[:count])}, ask.quorum),
+        quorums = (  # how many of the others make one with those
+            count for count in range(1, len(others))
+            if covers(ask.groups, {*here, *ids(others[:count])}, ask.quorum)
         )
+        first = next(quorums, len(others))
         if ask.wide:
             first = max(first, sum(not self.peers.skipped(contact.node) for contact in others))
         take(self.tell(ask.name, ask.message, others, enough, first, look))
