@@ -224,7 +224,8 @@ OS_ERRORS = {
 
 
 class S3Error(Exception):
-    """An answer but success: a row of ERRORS, and `details`, which become elements of the XML."""
+    """An answer other than success. `code` is a row of ERRORS; `details` become elements of the
+    answer's XML."""
 
     def __init__(self, code: str, message: str = "", /, **details: object) -> None:
         self.code = code

@@ -1247,7 +1247,7 @@ class View:
 
     def asks(self, node: int, bucket: str) -> bool:
         """Is `node` an owner of `bucket`, or while owners change, was it?"""
-        return node in ids(everyone(self.groups(bucket)))
+        return any(node in ids(group) for group in self.groups(bucket))
 
     def member(self, node: int) -> Contact | None:
         """The member of that id."""
@@ -1260,8 +1260,8 @@ class View:
     def with_members(self, members: Iterable[Contact]) -> View:
         """The view that should follow: joint, unless only addresses changed."""
         after = tuple(sorted(members))
-        joint = self.previous or ids(after) == ids(self.members)
-        previous = self.previous if joint else self.members
+        same = ids(after) == ids(self.members)
+        previous = self.previous if same or self.previous else self.members
         return replace(self, epoch=self.epoch + 1, members=after, previous=previous)
 
     def as_json(self) -> Value:
@@ -2222,7 +2222,7 @@ class Node:
         self.table = RoutingTable(own.node)
         self.to_ping: dict[int, Contact] = {}  # contacts whose place somebody wants
         self.heard: dict[int, float] = {}  # node -> when it last spoke or answered
-        self.patience = math.inf  # seconds; who was not heard for longer is told to be silent
+        self.patience = math.inf  # seconds; hello says who was not heard for longer
         # Each takes its message's fields but the epoch; two want the sender, too.
         self.handlers: dict[str, Callable[..., Message]] = {
             "views": self.on_views, "find": self.on_find,
