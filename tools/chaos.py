@@ -393,13 +393,19 @@ if SKEW:
     datetime.datetime = Now
 """
 
+ACCEPT = b"POST /_zs3/accept "
+
 
 @dataclass
 class Link:
     """What one node may say to another. Held bytes wait, as in a cut network, and arrive late."""
 
-    held: frozenset[str] = frozenset()  # of "requests" and "responses"
+    held: frozenset[str] = frozenset()  # of "requests", "responses"; and "accepts": those requests
     delay: float = 0.0  # seconds for each piece of at most 64 KiB
+
+    def holds(self, what: str, data: bytes) -> bool:
+        """Whether a piece of `what`, "requests" or "responses", has to wait."""
+        return what in self.held or ("accepts" in self.held and ACCEPT in data)
 
 
 Pairs = Iterable[tuple[int, int]]  # caller and callee
@@ -441,7 +447,8 @@ class Network:
                 if link.delay:
                     time.sleep(link.delay)
                 with self.changed:
-                    self.changed.wait_for(lambda: self.closed or what not in link.held)
+                    while link.holds(what, data) and not self.closed:
+                        self.changed.wait()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 
@@ -1055,6 +1062,14 @@ def one_way(storm: Storm, node: Node) -> Undo:
     return lambda: storm.cluster.network.set(pairs)
 
 
+def half_way(storm: Storm, node: Node) -> Undo:
+    """Others have promised to take its changes, and are told of them much later: each is at a
+    minority meanwhile, and nobody knows yet what becomes of it."""
+    pairs = [(node.index, other) for other in storm.others(node)]
+    storm.cluster.network.set(pairs, ["accepts"])
+    return lambda: storm.cluster.network.set(pairs)
+
+
 def slow(storm: Storm, node: Node) -> Undo:
     """The links from this node, or to it, take up to 0.3 s each for 64 KiB or less."""
     pairs = [(node.index, other) for other in storm.others(node)]
@@ -1138,6 +1153,7 @@ FAULTS = {
     "pause": Fault(pause),
     "partition": Fault(partition, linux=True),
     "one-way": Fault(one_way, linux=True),
+    "half-way": Fault(half_way, linux=True),
     "slow": Fault(slow, linux=True),
     "full-disk": Fault(full_disk, linux=True),
     "clock": Fault(clock),
@@ -1320,7 +1336,7 @@ def under_load(storm: Storm, recorder: Recorder, seed: str, seconds: float) -> N
 
 def short(seed: int = 1) -> list[str]:
     """Violations of about 20 s with three nodes and no long repair: what the test suite calls."""
-    kinds = available(("kill", "pause", "partition", "one-way", "slow"))
+    kinds = available(("kill", "pause", "partition", "one-way", "half-way", "slow"))
     return selftest() + chaos(seed, 8, 3, kinds).violations
 
 
@@ -1465,7 +1481,7 @@ PLANTED = (
             '"accepted", read_quorum, settled)': '"accepted", read_quorum)',
             "if not top.settled:\n" + " " * 12 + "return": "if False:\n" + " " * 12 + "return",
         },
-        lambda number, modules: chaos(number, 20, 3, ("slow", "one-way", "partition"), modules),
+        lambda number, modules: chaos(number, 20, 3, ("half-way", "slow"), modules),
     ),
     Planted(
         "garbage collection does not look again",
