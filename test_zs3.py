@@ -4904,6 +4904,28 @@ def test_a_connection_beyond_the_last_is_SlowDown(folder: Path) -> None:
         s3.close()
 
 
+@pytest.mark.parametrize("comes_at", [1, 3, None])
+def test_who_looks_eagerly_goes_to_sleep_only_if_nothing_comes_soon(comes_at: int | None) -> None:
+    looks: list[float] = []
+
+    def look(seconds: float) -> str:
+        looks.append(seconds)
+        return "it" if seconds or len(looks) == comes_at else ""
+
+    began = time.monotonic()
+    assert zs3.eagerly(look, 7.0, 0.2) == "it"
+    assert (time.monotonic() - began < 0.2) == (comes_at is not None)
+    assert looks == ([0.0] * comes_at if comes_at else [*looks[:-1], 7.0])
+    assert not any(looks[:-1])
+
+
+def test_nobody_looks_eagerly_for_longer_than_asked() -> None:
+    looks: list[float] = []
+    assert zs3.eagerly(looks.append, 0.0, 60.0) is None
+    assert zs3.eagerly(looks.append, 5.0, 0.0) is None
+    assert looks == [0.0, 5.0]
+
+
 SLOW = """
 import time
 slow = zs3.FileStore.stat_object

@@ -86,7 +86,7 @@ from email.utils import formatdate, parsedate_to_datetime
 from http.server import ThreadingHTTPServer
 from queue import SimpleQueue
 from socketserver import BaseRequestHandler
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
@@ -129,6 +129,7 @@ LARGE_BYTES = MiB  # beyond this an answer is given a thread before it is sent
 SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection ends
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
 TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
+EAGER_SECONDS = 0.00005  # a request that comes so soon is not slept for: to wake up takes as long
 OWN_SECONDS = 1.0  # a connection whose request had to wait keeps its thread for so long after it
 SPARE_THREADS = 16  # are kept for requests that wait
 SHARE_SECONDS = 0.00002  # a worker lets others accept for so long for each busy connection it has
@@ -3619,6 +3620,20 @@ def has_come(those: Iterable[Connection | Server], seconds: float = 0.0) -> bool
     return bool(poller.poll(seconds * 1000))
 
 
+T = TypeVar("T")
+
+
+def eagerly(look: Callable[[float], T], seconds: float, eager: float = EAGER_SECONDS) -> T:
+    """What look(seconds) finds, which waits for it. For the first `eager` seconds without going to
+    sleep; whoever can compute meanwhile, does."""
+    until = time.monotonic() + min(seconds, eager)
+    while time.monotonic() < until:
+        if found := look(0.0):
+            return found
+        os.sched_yield()
+    return look(seconds)
+
+
 class Connection(BaseRequestHandler):
     """A client's connection, on which it sends one request after another. Requests are not parsed
     by http.server: its parser takes several times as long, squeezes slashes that a signature
@@ -3669,7 +3684,8 @@ class Connection(BaseRequestHandler):
     def has_more(self) -> bool:
         """Whether another request comes soon after one that had to wait."""
         left = self.waited + OWN_SECONDS - time.monotonic()
-        return self.wire.has_head() or (left > 0 and has_come([self], left))
+        look = functools.partial(has_come, [self])
+        return self.wire.has_head() or (left > 0 and eagerly(look, left))
 
     def wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
@@ -3919,7 +3935,7 @@ class Server(ThreadingHTTPServer):
 
     def _answer(self, turn: Turn) -> None:
         """Answer the requests that have come, as long as the turn lasts."""
-        for key, _ in self._selector.select(1.0):
+        for key, _ in eagerly(self._selector.select, 1.0):
             connection = key.data
             turn.ends = time.monotonic() + TURN_SECONDS
             turn.connection = connection

@@ -69,10 +69,10 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, cast
 
 import zs3
-from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error
+from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error, T
 
 try:
     from blake3 import blake3
@@ -832,15 +832,10 @@ class Exchange:
             self._fail(call, blamed=call.link.begun + self.patience < self.looked)
 
     def _wait(self, seconds: float) -> list[tuple[int, int]]:
-        """Which connections have something for us by then. As long as no other request of this
-        node is under way, look for it a while before going to sleep; whoever can compute meanwhile,
-        does."""
-        eager = time.monotonic() + min(seconds, EAGER_SECONDS)
-        while len(self.peers.under_way) == 1 and time.monotonic() < eager:
-            if ready := self.poller.poll(0):
-                return ready
-            os.sched_yield()
-        return self.poller.poll(seconds * 1000)
+        """Which connections have something for us by then; eagerly, if no other request of this
+        node is under way."""
+        eager = EAGER_SECONDS if len(self.peers.under_way) == 1 else 0.0
+        return zs3.eagerly(lambda left: self.poller.poll(left * 1000), seconds, eager)
 
     def _start(self) -> None:
         """Ask the next in the queue to whom there is a connection."""
@@ -1179,7 +1174,6 @@ class Pins:
 # Who is not asked in a view, a joint one too, drops the bucket's registers as it enters that view:
 # no quorum above counts it, and it may be asked again in a later one.
 
-T = TypeVar("T")
 VIEWS = ".views"  # the bucket of the registers that decide views; its key is the epoch
 
 Group = tuple[Contact, ...]
