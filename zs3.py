@@ -157,6 +157,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "AuthorizationHeaderMalformed": (400, "The authorization header is malformed."),
     "AuthorizationQueryParametersError": (400, "The authorization query parameters are malformed."),
     "BadDigest": (400, "The digest you specified did not match the content we received."),
+    "BadRequest": (400, "The request is not valid."),
     "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
     "EntityTooLarge": (400, "Your proposed upload exceeds the maximum allowed size."),
     "EntityTooSmall": (400, "Your proposed upload is smaller than the minimum allowed size."),
@@ -188,7 +189,6 @@ ERRORS: dict[str, tuple[int, str]] = {
     "NoSuchCORSConfiguration": (404, "The CORS configuration does not exist."),
     "NoSuchKey": (404, "The specified key does not exist."),
     "NoSuchLifecycleConfiguration": (404, "The lifecycle configuration does not exist."),
-    "NoSuchObjectLockConfiguration": (404, "The object has no object lock configuration."),
     "NoSuchPublicAccessBlockConfiguration": (404, "The public access block does not exist."),
     "NoSuchTagSet": (404, "The TagSet does not exist."),
     "NoSuchUpload": (404, "The specified multipart upload does not exist."),
@@ -837,9 +837,10 @@ def authenticate(request: Request, now: float) -> Authorization | None:
     in_query = "X-Amz-Algorithm" in request.query or "X-Amz-Signature" in request.query
     if "AWSAccessKeyId" in request.query and not in_query:
         raise S3Error("InvalidRequest", f"Please use the authorization mechanism {ALGORITHM}.")
-    if "authorization" not in request.headers and not in_query:
+    in_header = bool(request.header("authorization"))  # an empty one says nothing
+    if not in_header and not in_query:
         return None
-    if "authorization" in request.headers and in_query:
+    if in_header and in_query:
         raise S3Error("InvalidArgument", "Only one auth mechanism allowed: query or Authorization.")
     if in_query:
         auth = authorization_from_query(request.query)
@@ -2505,6 +2506,7 @@ REFUSED_HEADERS: dict[str, tuple[tuple[str, ...], str]] = {
     "content-range": ((), "NotImplemented"),  # a part of an object cannot be put (RFC 9110, 14.5)
     "x-amz-acl": (("private", "bucket-owner-full-control"), "AccessControlListNotSupported"),
     "x-amz-bucket-object-lock-enabled": (("false",), "NotImplemented"),
+    "x-amz-object-ownership": (("BucketOwnerEnforced",), "AccessControlListNotSupported"),
     "x-amz-storage-class": (("STANDARD",), "InvalidStorageClass"),
     "x-amz-tagging": (("",), "NotImplemented"),
     "x-amz-website-redirect-location": ((), "NotImplemented"),
@@ -2637,7 +2639,8 @@ GRANTEE = Xml(
     f"{OWNER}</Grantee>"
 )
 GRANT = xml(Grant=Xml(GRANTEE + xml(Permission="FULL_CONTROL")))  # to the owner, none to others
-# Sub-resource -> what GET answers where nothing is configured: an error code, or root and fields.
+# Sub-resource -> what GET answers where nothing is configured: an error, `CODE` or `CODE: MESSAGE`,
+# or root and fields.
 Configuration = str | tuple[str, dict[str, object]]
 ACL: Configuration = ("AccessControlPolicy", {"Owner": OWNER, "AccessControlList": GRANT})
 BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
@@ -2662,8 +2665,8 @@ BUCKET_CONFIGURATIONS: dict[str, Configuration] = {
 }
 OBJECT_CONFIGURATIONS: dict[str, Configuration] = {
     "acl": ACL,
-    "legal-hold": "NoSuchObjectLockConfiguration",
-    "retention": "NoSuchObjectLockConfiguration",
+    "legal-hold": "InvalidRequest: Bucket is missing Object Lock Configuration",
+    "retention": "InvalidRequest: Bucket is missing Object Lock Configuration",
     "tagging": ("Tagging", {"TagSet": Xml()}),
 }
 
@@ -2677,7 +2680,8 @@ def get_configuration(store: Store, request: Request) -> Response:
     table = OBJECT_CONFIGURATIONS if request.key else BUCKET_CONFIGURATIONS
     answer = next(answer for name, answer in table.items() if name in request.query)
     if isinstance(answer, str):
-        raise S3Error(answer, BucketName=request.bucket)
+        code, _, message = answer.partition(": ")
+        raise S3Error(code, message, BucketName=request.bucket)
     root, fields = answer
     return document(root, **fields)
 
@@ -2875,16 +2879,28 @@ def object_response(request: Request, info: ObjectInfo, content: Content | None)
     if not_modified(request.headers, info):
         return Response(304, headers, Stream(content, 0, 0))
     chosen = chosen_range(request, info)
+    with_checksums = request.header("x-amz-checksum-mode").upper() == "ENABLED"
     if chosen is None:
-        if request.header("x-amz-checksum-mode").upper() == "ENABLED":
-            headers |= checksum_headers(info)  # never with a part, which would not match
+        headers |= checksum_headers(info) if with_checksums else {}
         return Response(200, headers, Stream(content, 0, info.size))
     start, length = chosen
     if length:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{info.size}"
-    if "partNumber" in request.query and info.parts:
-        headers["x-amz-mp-parts-count"] = str(len(info.parts))
+    if "partNumber" in request.query:
+        headers |= part_headers(info, int(request.query["partNumber"]), with_checksums)
     return Response(206, headers, Stream(content, start, length))
+
+
+def part_headers(info: ObjectInfo, number: int, with_checksums: bool) -> dict[str, str]:
+    """What GET and HEAD of one part say beside: how many there are, and its own checksum (there is
+    none of a part where the object's is of all its bytes)."""
+    if not info.parts:
+        return checksum_headers(info) if with_checksums else {}
+    headers = {"x-amz-mp-parts-count": str(len(info.parts))}
+    if with_checksums and (info.checksum_type == COMPOSITE or len(info.parts) == 1):
+        own = dict.fromkeys(info.checksums, info.parts[number - 1].checksum)
+        headers |= checksum_headers(replace(info, checksums=own))
+    return headers
 
 
 def object_headers(request: Request, info: ObjectInfo) -> dict[str, str]:
@@ -2985,8 +3001,10 @@ def get_object_attributes(store: Store, request: Request) -> Response:
     wanted = {name.strip() for name in request.header("x-amz-object-attributes").split(",")}
     info = store.stat_object(request.bucket, request.key)
     parts = object_parts(request, info) if "ObjectParts" in wanted and info.parts else None
+    bare = {name: value.partition("-")[0] for name, value in info.checksums.items()}
+    checksum = xml(**checksum_fields(replace(info, checksums=bare)))  # without the number of parts
     attributes = {
-        "ETag": info.etag, "Checksum": xml(**checksum_fields(info)) or None, "ObjectParts": parts,
+        "ETag": info.etag, "Checksum": checksum or None, "ObjectParts": parts,
         "StorageClass": "STANDARD", "ObjectSize": info.size,
     }
     if not wanted <= attributes.keys():
@@ -3424,7 +3442,7 @@ class Service:
         if request.method == "OPTIONS":
             return preflight(request)
         request.bucket, request.key = address(request)
-        anonymous = "authorization" not in request.headers and not request.query
+        anonymous = not (request.header("authorization") or request.query)
         if anonymous and request.path in HEALTH_PATHS and request.method in ("GET", "HEAD"):
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
@@ -3476,8 +3494,10 @@ def cors_headers(request: Request) -> dict[str, str]:
 
 def preflight(request: Request) -> Response:
     """OPTIONS: a browser asks, unsigned, whether a page may send a request; AccessForbidden."""
-    allowed = "Access-Control-Allow-Origin" in cors_headers(request)
-    if not allowed or "access-control-request-method" not in request.headers:
+    for name in ("Origin", "Access-Control-Request-Method"):
+        if not request.header(name.lower()):
+            raise S3Error("BadRequest", f"A preflight request needs the header {name}.")
+    if "Access-Control-Allow-Origin" not in cors_headers(request):
         raise S3Error("AccessForbidden")
     return Response(200, {
         "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
@@ -3742,8 +3762,8 @@ class Connection(BaseRequestHandler):
         method, path, raw_query, version, headers = parse_head(head)
         length = body_length(headers, version)
         proceed = None
-        if "expect" in headers and version == "HTTP/1.1":
-            if headers["expect"].lower() != "100-continue":
+        if (expected := headers.get("expect")) and version == "HTTP/1.1":
+            if expected.lower() != "100-continue":
                 raise S3Error("InvalidRequest", "The only expectation understood is 100-continue.")
             proceed = functools.partial(self._write, b"HTTP/1.1 100 Continue\r\n\r\n")
         return Request(
