@@ -2472,6 +2472,14 @@ def test_a_declaration_that_does_not_exist_is_refused(s3: Client, name: str, val
     assert s3.keys() == []
 
 
+def test_a_decoded_length_of_a_body_in_no_chunks_is_its_length(s3: Client) -> None:
+    s3.put("k", b"hello", x_amz_decoded_content_length="5").ok()
+    framed = b"5\r\nhello\r\n0\r\n\r\n"
+    headers = {"content_encoding": "aws-chunked", "x_amz_decoded_content_length": "5"}
+    assert s3.put("k", framed, **headers).error == "InvalidRequest"
+    assert unchanged(s3, "k", b"hello")
+
+
 def test_a_streaming_body_without_its_decoded_length_is_MissingContentLength(s3: Client) -> None:
     headers = s3.signed_head("PUT", f"/{s3.bucket}/k", payload=TRAILER_UNSIGNED)
     head = head_bytes("PUT", f"/{s3.bucket}/k", headers | {"content-length": "6"})
@@ -4863,12 +4871,30 @@ def test_http_1_0(disk: Client) -> None:
         assert connection.closed()
 
 
-def test_an_absolute_target_is_understood(disk: Client) -> None:
-    """(RFC 9112, 3.2.2: a server must accept the absolute form.)"""
+@pytest.mark.parametrize(("target", "path", "query", "host"), [
+    ("http://b.example:9000/k?x=/y", "/k", "x=/y", "b.example:9000"),
+    ("HTTP://b.example", "/", "", "b.example"),
+    ("http://b.example?x=/b/k", "/", "x=/b/k", "b.example"),
+    ("/http://b.example/k", "/http://b.example/k", "", "a"),
+])  # fmt: skip
+def test_an_absolute_target_says_the_host(target: str, path: str, query: str, host: str) -> None:
+    """(RFC 9112, 3.2.2: whatever the Host header says.)"""
+    head = f"GET {target} HTTP/1.1\r\nhost: a\r\n\r\n".encode()
+    parsed = zs3.parse_head(head)
+    assert parsed[1:3] == (path, query) and parsed[4] == {"host": host}
+
+
+@pytest.mark.parametrize("target", ["http://", "http:///k", "https://b/k", "ftp://b/k", "k"])
+def test_other_absolute_targets_are_refused(target: str) -> None:
+    with pytest.raises(S3Error, match=r"InvalidURI|InvalidRequest"):
+        zs3.parse_head(f"GET {target} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+
+
+def test_an_absolute_target_is_answered(disk: Client) -> None:
     with disk.connect() as connection:
         target = f"http://{disk.host}/_zs3/health"
         connection.send(head_bytes("GET", target, {"host": disk.host}))
-        assert connection.answer().status in (200, 400)
+        assert connection.answer().status == 200
 
 
 def test_a_refused_upload_lets_the_client_read_the_answer(disk: Client) -> None:
@@ -4967,6 +4993,18 @@ def test_a_connection_beyond_the_last_is_SlowDown(folder: Path) -> None:
         while s3.get("k").status == 503:
             assert time.monotonic() < deadline, "the places are not given back"
             time.sleep(0.01)
+        s3.close()
+
+
+def test_systems_of_32_bits_with_times_of_64(folder: Path) -> None:
+    """Their time-outs of sockets are options 66 and 67, which take two numbers of 64 bits."""
+    options = "import socket; socket.SO_RCVTIMEO, socket.SO_SNDTIMEO = 66, 67"
+    run = CHANGED.format(f"{options}; zs3.SOCKET_SECONDS = 1.0")
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
+        s3 = server.client("bucket")
+        with s3.connect() as connection:
+            connection.send(signed_put(s3, "k", 1 << 20) + b"a beginning")
+            assert connection.answer().error == "RequestTimeout"
         s3.close()
 
 
@@ -6150,6 +6188,169 @@ def test_a_description_that_cannot_be_read_is_an_error_and_not_none_at_all(
             read("bucket", "k")
 
 
+def imitate_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its kernel does: a file that is deleted while this process has it open gets another name
+    in its folder, which cannot be deleted, until it is closed."""
+    unlink, close, hidden = os.unlink, os.close, dict[tuple[int, int], str]()
+
+    def is_open(status: os.stat_result) -> bool:
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                if os.path.samestat(os.fstat(int(number)), status):
+                    return True
+        return False
+
+    def rename_or_unlink(path: str) -> None:
+        status = os.stat(path)
+        if not is_open(status):
+            unlink(path)
+        elif path in hidden.values():
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        else:
+            name = f".nfs{status.st_ino:016x}{len(hidden):08x}"
+            hidden[status.st_dev, status.st_ino] = os.path.join(os.path.dirname(path), name)
+            os.rename(path, hidden[status.st_dev, status.st_ino])
+
+    def close_and_unlink(number: int) -> None:
+        status = os.fstat(number)
+        close(number)
+        if (status.st_dev, status.st_ino) in hidden and not is_open(status):
+            unlink(hidden.pop((status.st_dev, status.st_ino)))
+
+    monkeypatch.setattr(os, "unlink", rename_or_unlink)
+    monkeypatch.setattr(os, "close", close_and_unlink)
+
+
+def test_what_nfs_keeps_of_a_file_that_is_still_open_is_no_object(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"x", "folder/k")
+    imitate_nfs(monkeypatch)
+    _, content = store.open_object("bucket", "folder/k")
+    store.delete_object("bucket", "folder/k", zs3.NO_CONDITION)
+    assert [path.name[:4] for path in (folder / "bucket" / "folder").iterdir()] == [".nfs"]
+    assert list(store.scan("bucket", "", "", "")) == list(store.scan("bucket", "", "", "/")) == []
+    assert b"".join(content.chunks(0, 1)) == b"x"
+    content.close()
+    assert list((folder / "bucket" / "folder").iterdir()) == []
+
+
+def test_an_upload_ends_on_nfs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is open while it is deleted: by that it is held."""
+    store, upload_id = zs3.FileStore(str(folder)), "0" * 32
+    for number in range(3):
+        body = zs3.Body(io.BytesIO(b"x"), 1)
+        key = f"bucket/{upload_id}/{number:05d}"
+        store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
+    imitate_nfs(monkeypatch)
+    with zs3.ending(store, "bucket", upload_id):
+        zs3.discard_upload(store, "bucket", upload_id)
+    assert list((folder / ".uploads" / "bucket").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [f".nfs{'0a' * 12}", f".fuse_hidden{'0a' * 8}"])
+@pytest.mark.parametrize("key", ["{}", "a/{}", "{}/a"])
+def test_a_key_like_the_name_of_a_file_that_is_still_open(
+    folder: Path, key: str, name: str
+) -> None:
+    store, other, key = zs3.FileStore(str(folder)), key.format(f"{name}x"), key.format(name)
+    store.create_bucket("bucket")
+    for each in (key, other):
+        stored(store, b"x", each)
+    assert [info.key for info in store.scan("bucket", "", "", "")] == sorted([key, other])
+    assert (folder / "bucket" / other).exists() and not (folder / "bucket" / key).exists()
+    store.delete_object("bucket", key, zs3.NO_CONDITION)
+    with raises("NoSuchKey"):
+        store.stat_object("bucket", key)
+
+
+def test_names_that_are_too_long_for_a_file_system(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of eCryptfs, which encrypts them."""
+    rename, mkdir, longest = os.rename, os.mkdir, 143
+
+    def check(path: str) -> None:
+        if max(map(len, path.split("/"))) > longest:
+            raise OSError(errno.ENAMETOOLONG, "File name too long", path)
+
+    monkeypatch.setattr(os, "rename", lambda old, new: check(new) or rename(old, new))
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777: check(path) or mkdir(path, mode))
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    for key in ("x" * longest, "y" * longest + "/z"):
+        stored(store, b"x", key)
+        assert store.stat_object("bucket", key).size == 1
+        with pytest.raises(OSError, match="File name too long") as refused:
+            stored(store, b"x", "x" + key)
+        assert zs3.as_s3_error(refused.value).code == "KeyTooLongError"
+    assert os.listdir(folder / ".tmp") == []
+
+
+def test_the_loser_of_a_race_leaves_no_description(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = without_attributes(folder, monkeypatch)
+
+    class Slow(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if not self.tell():
+                stored(store, b"of the winner")
+            return super().readinto(buffer)
+
+    body = zs3.Body(Slow(b"of the loser"), 12)
+    with raises("PreconditionFailed"):
+        store.put_object("bucket", "k", body, {}, zs3.Condition(if_none_match="*"))
+    assert store.stat_object("bucket", "k").size == len(b"of the winner")
+    names = [path.name for path in (folder / ".meta").rglob("*") if path.is_file()]
+    assert len(names) == 2 and "created" in names
+    assert os.listdir(folder / ".tmp") == []
+
+
+def test_a_copy_where_the_kernel_copies_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems answer copy_file_range by 0 bytes."""
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"123456")
+    info, content = store.open_object("bucket", "k")
+    with contextlib.closing(content):
+        store.copy_object(info, content, "bucket", "copy", zs3.NO_CONDITION)
+    assert (folder / "bucket" / "copy").read_bytes() == b"123456"
+
+
+def test_a_file_that_somebody_puts_beside_the_parts_of_an_upload_is_no_part(folder: Path) -> None:
+    store, upload_id = zs3.FileStore(str(folder)), "0" * 32
+    upload = zs3.Upload(upload_id, "bucket", "k", 0.0, "", "", {})
+    for number in (0, 1, 10_000):
+        body = zs3.Body(io.BytesIO(b"x"), 1)
+        store.put_object(zs3.UPLOADS, upload.part_key(number), body, {}, zs3.NO_CONDITION)
+    for name in ("Thumbs.db", "00002.bak", "0003", "sub/00004"):
+        path = folder / ".uploads" / "bucket" / upload_id / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    assert [number for number, _ in zs3.list_parts(store, upload)] == [1, 10_000]
+    zs3.discard_upload(store, "bucket", upload_id)
+    assert not [path for path in (folder / ".uploads").rglob("*") if path.is_file()]
+
+
+def test_a_listing_keeps_no_parts_in_memory(folder: Path) -> None:
+    store = zs3.FileStore(str(folder))
+    store.create_bucket("bucket")
+    stored(store, b"12", "source")
+    info, content = store.open_object("bucket", "source")
+    parts = (zs3.PartInfo(1), zs3.PartInfo(1))
+    with contextlib.closing(content):
+        info = zs3.replace(info, parts=parts)
+        store.copy_object(info, content, "bucket", "k", zs3.NO_CONDITION)
+    assert store.stat_object("bucket", "k").parts == parts
+    assert [found.parts for found in store.scan("bucket", "", "", "")] == [(), ()]
+
+
 @pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("edited", [b"12", b"12345!", b"1234567"])
 def test_a_source_that_is_edited_meanwhile_is_no_copy(
@@ -7092,6 +7293,23 @@ def test_the_default_keys_are_for_local_names(folder: Path, host: str, served: b
     assert (b"The default keys" in service.respond(request).body) != served
     service.settings = request.settings = zs3.Settings({})
     assert b"The default keys" not in service.respond(request).body
+
+
+def test_the_default_keys_are_not_for_the_posts_of_pages(folder: Path) -> None:
+    """A browser sends them without asking the server: a presigned one could fill its disk."""
+    service = zs3.Service(zs3.FileStore(str(folder)), zs3.Settings({}, only_local=True))
+    allowed = zs3.Settings({}, only_local=True, cors_origins=(ORIGIN,))
+    for settings, method, origin, served in (
+        (service.settings, "POST", "https://evil.example", False),
+        (service.settings, "POST", "null", False), (service.settings, "POST", "", True),
+        (service.settings, "GET", "https://evil.example", True), (allowed, "POST", ORIGIN, True),
+        (allowed, "POST", "https://evil.example", False),
+        (zs3.Settings({}), "POST", "https://evil.example", True),
+    ):  # fmt: skip
+        head = {"host": "localhost:9000"} | ({"origin": origin} if origin else {})
+        answer = service.respond(zs3.Request(method, "/bucket/k", "uploads", head, settings))
+        assert (b"The default keys" not in answer.body) == served
+        assert answer.status == 403  # nobody signed it
 
 
 def test_a_folder_is_that_of_one_mode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

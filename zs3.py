@@ -219,6 +219,8 @@ OS_ERRORS = {
     errno.EROFS: "AccessDenied",
     errno.EAGAIN: "SlowDown",  # somebody has a lease on the file, as Samba takes them
     errno.ETIMEDOUT: "SlowDown",  # a network file system's server is away
+    errno.ESTALE: "SlowDown",  # or another machine has just replaced the file there
+    errno.ENAMETOOLONG: "KeyTooLongError",  # for a file system with shorter names than all in use
     errno.EMFILE: "SlowDown",
     errno.ENFILE: "SlowDown",
 }
@@ -261,6 +263,7 @@ def as_s3_error(error: S3Error | OSError) -> S3Error:
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110, 5.6.2)
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(r"/[\x21-\x7e]*")
+ABSOLUTE = re.compile(r"http://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)  # RFC 9112, 3.2.2
 BLANKS = re.compile("[ \t]+")
 # After BLANKS: with \s* at each place, n blanks would be divided among them in n^3 ways.
 RANGE = re.compile(r"bytes ?= ?(\d{0,99}) ?- ?(\d{0,99})", re.ASCII | re.IGNORECASE)
@@ -544,8 +547,8 @@ def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
                 raise S3Error("InvalidRequest", f"The header {name} is repeated.")
             value = f"{headers[name]},{value}"
         headers[name] = value
-    if target.startswith("http://"):  # absolute-form (RFC 9112, 3.2.2)
-        target = "/" + target[7:].partition("/")[2]
+    if found := ABSOLUTE.fullmatch(target):
+        headers["host"], target = found[1], (found[2] or "/") + (found[3] or "")
     if not TARGET.fullmatch(target):
         raise S3Error("InvalidURI")
     if version == "HTTP/1.1" and not headers.get("host"):
@@ -577,13 +580,16 @@ def host_name(request: Request) -> str:
 
 
 def check_host(request: Request) -> None:
-    """AccessDenied if only local names are served, and this is another. Keys that anyone knows are
-    good for any web page whose host's name is made to lead here, by DNS rebinding."""
+    """AccessDenied if only local names are served, and this is another, or the POST of a page. Keys
+    that anyone knows are good for any web page: one whose host's name is made to lead here, by DNS
+    rebinding, and one that makes its visitor's browser send a POST, for which that asks nobody."""
     if request.settings.only_local:
         host, domain = host_name(request), request.settings.domain
         if not LOCAL_HOST.fullmatch(host) and not (domain and f".{host}".endswith(f".{domain}")):
             text = "The default keys are for local names: set others by --acl, or this by --domain."
             raise S3Error("AccessDenied", text)
+        if request.method == "POST" and request.header("origin") and not is_allowed_origin(request):
+            raise S3Error("AccessDenied", "The default keys are not for pages: see --cors-origin.")
 
 
 def address(request: Request) -> tuple[str, str]:
@@ -1319,7 +1325,10 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
     if payload in STREAMING_PAYLOADS:
         body = open_chunked_body(request, payload, auth)
     else:
-        body = Body(request.wire, request.wire.length)
+        size, declared = request.wire.length, request.header("x-amz-decoded-content-length")
+        if declared and declared != str(size):
+            raise S3Error("InvalidRequest", "x-amz-decoded-content-length of a body in no chunks.")
+        body = Body(request.wire, size)
         if payload != UNSIGNED_PAYLOAD:
             if not re.fullmatch("[0-9a-f]{64}", payload):
                 known = f"a SHA-256 in hex, {UNSIGNED_PAYLOAD} or {', '.join(STREAMING_PAYLOADS)}"
@@ -1496,9 +1505,10 @@ class Store(Protocol):
         """Deleting what is not there succeeds. NoSuchBucket, what Condition.check raises."""
 
     def scan(self, bucket: str, prefix: str, start: str, delimiter: str) -> Iterator[ObjectInfo]:
-        """The objects whose keys begin with `prefix` and are not below `start`, in the order of
-        their UTF-8 bytes, which is that of str, lazily. With a delimiter, any one key may stand for
-        all that share it up to the first delimiter after the prefix. NoSuchBucket."""
+        """The objects, without `parts`, whose keys begin with `prefix` and are not below `start`,
+        in the order of their UTF-8 bytes, which is that of str, lazily. With a delimiter, any one
+        key may stand for all that share it up to the first delimiter after the prefix.
+        NoSuchBucket."""
 
     def concatenate(
         self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
@@ -1541,8 +1551,11 @@ SPELLED = [
     chr(byte) if 0x30 <= byte <= 0x7D else f"{'+' if byte < 0x30 else '~'}{byte:02X}"
     for byte in range(256)
 ]  # fmt: skip
+# What NFS and FUSE call a file that was deleted while somebody has it open, until that ends.
+STILL_OPEN = re.compile(r"\.nfs[0-9a-f]{24}|\.fuse_hidden[0-9a-f]{16,24}")
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not read has no objects
+NOT_TO_BE_HAD = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # by a key
 NO_ATTRIBUTE = (  # for this file, on its file system, or for this process
     *UNREADABLE, errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM,
 )
@@ -1600,6 +1613,8 @@ def read_names(path: str) -> Iterator[str]:
         for entry in entries:
             try:
                 entry.name.encode()
+                if STILL_OPEN.fullmatch(entry.name):
+                    continue
                 if entry.is_dir():
                     yield entry.name + "/"
                 elif entry.is_file():
@@ -1857,6 +1872,8 @@ class FileStore:
         """Where an ordinary key's file is; "" for a key that no path can spell."""
         if key[0] == "/" or key[-1] == "/" or "//" in key or "\0" in key:
             return ""
+        if (key[0] == "." or "/." in key) and any(map(STILL_OPEN.fullmatch, key.split("/"))):
+            return ""
         if len(key) > MAX_FILE_NAME_BYTES // 4:  # a character has at most 4 bytes
             longest = max(len(name.encode()) for name in key.split("/"))
             if longest > MAX_FILE_NAME_BYTES:
@@ -2016,7 +2033,7 @@ class FileStore:
             info = self._stat_any(path, bucket, key)
             if info is None:
                 continue
-            yield info
+            yield replace(info, parts=()) if info.parts else info  # 10,000 of each take 1 MB
             last = key
             # The walks go on behind its group: nobody looks at the other files of that, nor reads a
             # busy folder again for each of its groups.
@@ -2077,10 +2094,13 @@ class FileStore:
     @contextlib.contextmanager
     def hold(self, bucket: str, key: str) -> Iterator[None]:
         """By a lock on its file. Whoever gets it has yet to see whether it is still there."""
+        path = self._literal_path(bucket, key)
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):  # or it is not there any more
-                stack.enter_context(flocked(self._literal_path(bucket, key), 0))
+                stack.enter_context(flocked(path, 0))
             yield
+        with contextlib.suppress(OSError):  # NFS keeps a deleted file, until it is closed, in there
+            os.rmdir(os.path.dirname(path))
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
@@ -2132,8 +2152,9 @@ class FileStore:
         try:
             yield file, path
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):  # renamed already
+            with contextlib.suppress(OSError):  # renamed already; the sweep will see to the rest
                 os.unlink(path)
+                self._remove_side(bucket, key, os.fstat(file))
             raise
         finally:
             os.close(file)
@@ -2150,9 +2171,9 @@ class FileStore:
         except (AttributeError, OSError):
             if copied:
                 raise
-            for data in content.chunks(0, size):  # no such call, or not between these file systems
-                write_all(file, memoryview(data))
-                copied += len(data)
+        for data in content.chunks(0, 0 if copied else size):  # no such call, or not here
+            write_all(file, memoryview(data))
+            copied += len(data)
         then, now = content.status, os.fstat(content.file)
         if copied < size or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise S3Error("SlowDown", "The source was changed while it was copied.")
@@ -2180,7 +2201,7 @@ class FileStore:
             with self._lock(bucket):
                 self._require_bucket(bucket)
                 if not self._rename(temp, special, bucket, info.key):
-                    raise FileExistsError(special)
+                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), special)
         return info
 
     def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
@@ -2201,7 +2222,7 @@ class FileStore:
                 if not self._make_folders(os.path.dirname(path)):
                     return False
             except OSError as error:
-                if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+                if error.errno not in NOT_TO_BE_HAD:
                     raise
                 return False
             else:
@@ -2224,10 +2245,12 @@ class FileStore:
             except FileExistsError:
                 if not os.path.isdir(path) and os.path.lexists(path):
                     return False
-            except NotADirectoryError:
-                return False
             except FileNotFoundError:
                 return True  # removed again
+            except OSError as error:
+                if error.errno not in NOT_TO_BE_HAD:
+                    raise
+                return False
         return True
 
     def _sync_folder(self, folder: str) -> None:
@@ -2382,8 +2405,10 @@ def upload_ids(store: Store, bucket: str) -> set[str]:
 
 def list_parts(store: Store, upload: Upload, after: int = 0) -> Iterator[tuple[int, ObjectInfo]]:
     """Number and object of each part above number `after`, in order."""
-    for info in store.scan(UPLOADS, upload.part_key(0)[:-5], upload.part_key(after + 1), ""):
-        yield int(info.key[-5:]), info
+    prefix = upload.part_key(0)[:-5]
+    for info in store.scan(UPLOADS, prefix, upload.part_key(after + 1), ""):
+        if re.fullmatch("[0-9]{5}", number := info.key[len(prefix) :]):  # else somebody's own file
+            yield int(number), info
 
 
 def ending(store: Store, bucket: str, upload_id: str) -> contextlib.AbstractContextManager[None]:
@@ -3480,13 +3505,18 @@ def error_response(request: Request, error: S3Error) -> Response:
     return Response(error.status, response.headers, response.body, error.code)
 
 
+def is_allowed_origin(request: Request) -> bool:
+    """Whether it comes from a page of --cors-origin."""
+    allowed, origin = request.settings.cors_origins, request.header("origin")
+    return bool(origin) and ("*" in allowed or origin in allowed)
+
+
 def cors_headers(request: Request) -> dict[str, str]:
     """What lets a page from an origin of --cors-origin read the answer; nothing for any other."""
-    allowed, origin = request.settings.cors_origins, request.header("origin")
-    if not origin or not ("*" in allowed or origin in allowed):
-        return {"Vary": "Origin"} if allowed else {}
+    if not is_allowed_origin(request):
+        return {"Vary": "Origin"} if request.settings.cors_origins else {}
     return {
-        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Origin": request.header("origin"),
         "Access-Control-Expose-Headers": "*, ETag, Content-Range, x-amz-request-id, x-amz-meta-*",
         "Vary": "Origin",
     }
@@ -3497,7 +3527,7 @@ def preflight(request: Request) -> Response:
     for name in ("Origin", "Access-Control-Request-Method"):
         if not request.header(name.lower()):
             raise S3Error("BadRequest", f"A preflight request needs the header {name}.")
-    if "Access-Control-Allow-Origin" not in cors_headers(request):
+    if not is_allowed_origin(request):
         raise S3Error("AccessForbidden")
     return Response(200, {
         "Access-Control-Allow-Methods": "GET, HEAD, PUT, POST, DELETE",
@@ -3670,7 +3700,8 @@ class Connection(BaseRequestHandler):
         self.socket: socket.socket = self.request
         self.enter()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit = struct.pack("ll", int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
+        form = "qq" if socket.SO_RCVTIMEO == 66 else "ll"  # 32 bits, but 64 of time
+        limit = struct.pack(form, int(SOCKET_SECONDS), int(SOCKET_SECONDS % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.wire = Wire(self.socket, self._patiently)
