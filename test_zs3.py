@@ -3886,6 +3886,25 @@ def test_part_number_1_of_a_plain_object_is_the_object(s3: Client) -> None:
     assert s3.get("k", {"partNumber": 2}).error == "InvalidPartNumber"
 
 
+def test_delete_objects_does_not_go_on_for_longer_than_its_client_waits(folder: Path) -> None:
+    with Server(
+        ACL, "--bucket=bucket", data=folder, prelude=CHANGED.format("zs3.DELETE_SECONDS = 1.0")
+    ) as server:
+        s3 = server.client("bucket")
+        s3.put("k", b"x").ok()
+        assert s3.delete_objects(["k"]).ok().texts("Deleted/Key") == ["k"]
+        s3.close()
+    with Server(
+        ACL, data=folder, prelude=CHANGED.format("zs3.DELETE_SECONDS = -1.0")
+    ) as server:
+        s3 = server.client("bucket")
+        s3.put("k", b"x").ok()
+        answer = s3.delete_objects(["k", "l"]).ok()
+        assert answer.texts("Error/Code") == ["SlowDown", "SlowDown"]
+        assert s3.keys() == ["k"]
+        s3.close()
+
+
 CHECKSUM_TYPES = [  # (S3 User Guide, "Checking object integrity for data uploads")
     ("CRC32", "COMPOSITE"), ("CRC32", "FULL_OBJECT"), ("CRC32C", "COMPOSITE"), ("CRC32C",
     "FULL_OBJECT"),
@@ -8982,6 +9001,22 @@ def test_who_joins_with_the_order_to_forget_its_only_peer_first_has_all_that_thi
     assert get(new) == OLD
 
 
+def test_an_order_to_forget_that_only_another_can_follow_says_to_whom_it_belongs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net, (one, two) = owners(2)
+    new = joining(net, one)
+    net.down = {two.own.node}
+    member = zs3_dist.Membership(housekeeping(new)[0].store, [], 3, ordered=two.own.node)
+    for _ in range(2):
+        member.obey()
+    text = f"--forget: only {one.own.address} can do that now: start it with this option"
+    assert caplog.messages == [text]
+    zs3_dist.Membership(housekeeping(one)[0].store, [], 3, ordered=two.own.node).obey()
+    background([new, one] * 2)
+    assert zs3_dist.ids(one.known_view().members) == {one.own.node, new.own.node}
+
+
 def test_two_nodes_that_have_forgotten_each_other_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -9921,6 +9956,163 @@ def test_a_write_of_unknown_outcome_keeps_its_blocks_for_a_while_without_a_threa
     assert pins.list() == []
 
 
+def body_of(data: bytes) -> zs3.Body:
+    return zs3.Body(io.BytesIO(data), len(data))
+
+
+def test_a_repeated_complete_beside_the_first_changes_nothing_that_came_after(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first discards parts, that it did not list, its object is replaced."""
+    store, parts = lonely.store, []
+    store.create_bucket("bucket")
+    request = zs3.Request("POST", "/bucket/k", "uploads", {}, zs3.Settings({}, min_part_bytes=1))
+    request.bucket, request.key = "bucket", "k"
+    request.body = zs3.Body(io.BytesIO(), 0)
+    created = zs3.create_multipart_upload(store, request).body
+    assert isinstance(created, bytes)
+    request.query = {"uploadId": re.findall("<UploadId>(.*)</UploadId>", created.decode())[0]}
+    for number in range(1, 4):
+        key = f"bucket/{request.query['uploadId']}/{number:05d}"
+        stored = store.put_object(zs3.UPLOADS, key, body_of(b"x"), {}, zs3.NO_CONDITION)
+        parts.append(zs3.xml(Part=zs3.xml(PartNumber=number, ETag=stored.etag)))
+    listed = zs3.document("CompleteMultipartUpload", *parts[:2]).body
+    assert isinstance(listed, bytes)
+    discard = zs3.discard_upload
+
+    def meanwhile(*given: Any) -> None:
+        monkeypatch.setattr(zs3, "discard_upload", discard)
+        store.put_object("bucket", "k", body_of(b"newer"), {}, zs3.NO_CONDITION)
+        request.body = body_of(listed)
+        with raises("InvalidPart"):
+            zs3.complete_multipart_upload(store, request)
+        discard(*given)
+
+    monkeypatch.setattr(zs3, "discard_upload", meanwhile)
+    request.body = body_of(listed)
+    assert zs3.complete_multipart_upload(store, request).status == 200
+    assert store.stat_object("bucket", "k").size == len(b"newer")
+    assert list(store.scan(zs3.UPLOADS, "", "", "")) == []
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+@pytest.mark.parametrize("name", ["hello", "find"])
+def test_a_member_that_says_hello_from_elsewhere_is_looked_for_there(
+    lonely: Lonely, name: str, is_moved: bool
+) -> None:
+    member = lonely.peer.own._replace(address="127.0.0.1:8") if is_moved else lonely.peer.own
+    lonely.node.registers.install([View("0" * 16, 2, 3, (member, lonely.own))])
+    lonely.store.internal(signed(lonely.peer, lonely.own, name, pack(GOOD[name])))
+    wanted = {lonely.peer.own.address} if is_moved and name == "hello" else set()
+    assert lonely.store.seal.misled == wanted
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_a_node_that_may_give_itself_up_looks_for_whoever_says_hello(
+    lonely: Lonely, is_idle: bool
+) -> None:
+    if not is_idle:
+        lonely.store.create_bucket("bucket")
+    lonely.store.internal(signed(lonely.peer, lonely.own, "hello", pack(GOOD["hello"])))
+    assert lonely.store.seal.misled == ({lonely.peer.own.address} if is_idle else set())
+
+
+def test_who_is_refused_as_a_peer_is_told_once(
+    lonely: Lonely, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = zs3_dist.Seal(lonely.peer.own, "another secret")
+    for client in ("10.0.0.1", "10.0.0.2", "10.0.0.1"):
+        request = signed(other, lonely.own, "hello", pack(GOOD["hello"]))
+        request.client = client
+        assert lonely.store.internal(request).status == 403
+    assert [message.split()[3] for message in caplog.messages] == ["10.0.0.1", "10.0.0.2"]
+    assert "not sealed by a node of this cluster" in caplog.messages[0]
+
+
+def test_who_is_silent_is_asked_last(lonely: Lonely, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of its host may take longer to resolve than the answers of all others."""
+    contacts = [Contact(number, f"127.0.0.1:{number}") for number in range(1, 4)]
+    lonely.peers.fail(contacts[0])
+    asked: list[int] = []
+
+    def ask(questions: Any, *_: Any, **named: Any) -> dict[int, Reply]:
+        asked.extend(question.to.node for question in questions)
+        return {}
+
+    monkeypatch.setattr(lonely.peers, "ask", ask)
+    lonely.cluster.tell("hello", GOOD["hello"], [*contacts, contacts[1]])
+    assert asked == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("is_silent", "code"), [(False, "InsufficientStorage"), (True, "SlowDown")]
+)
+def test_a_block_for_which_nobody_has_room_is_told_from_one_that_nobody_answers(
+    lonely: Lonely, is_silent: bool, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = lonely.peer.own
+    lonely.node.registers.install([View("0" * 16, 2, 3, tuple(sorted((lonely.own, other))))])
+    monkeypatch.setattr(lonely.peers, "ask", lambda *_: {other.node: Reply(503)})
+    if is_silent:
+        lonely.peers.fail(other)
+    with pytest.raises(S3Error) as refused:
+        lonely.cluster.store(zs3_dist.block_hash(b"x"), b"x")
+    assert refused.value.code == code
+    assert (other.address in refused.value.message) == is_silent
+
+
+def test_a_tombstone_is_not_asked_about_while_an_owner_is_silent(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [Contact(number, f"127.0.0.1:{number}") for number in (1, 2)]
+    view = View("0" * 16, 2, 3, tuple(sorted((lonely.own, *others))))
+    asked: list[int] = []
+
+    def call(name: str, message: Message, to: Contact) -> Message:
+        asked.append(to.node)
+        return {"buried": [True]}
+
+    monkeypatch.setattr(lonely.cluster, "call", call)
+    keep, grave = Housekeeping(lonely.store, 0.0, 0.0), ("bucket", "k", BALLOT)
+    assert keep._everywhere(view, [grave]) == [grave] and len(asked) == 3
+    lonely.peers.fail(others[1])
+    assert keep._everywhere(view, [grave]) == [] and len(asked) == 3
+
+
+def test_a_file_among_the_blocks_that_is_none_is_left_alone(lonely: Lonely) -> None:
+    block = zs3_dist.block_hash(b"x")
+    lonely.node.blocks.put(block, b"x")
+    for name in ("x.blob", f"{block}.blob.bak", f"{'0' * 63}.blob"):
+        (lonely.node.blocks.path(block).parent / name).write_bytes(b"x")
+    assert [name for name, _ in lonely.node.blocks.walk()] == [block]
+
+
+def test_a_peer_that_hangs_costs_a_bounded_number_of_connections() -> None:
+    with fake_peers(1, silent=0) as (fakes, peers):
+        [question], calls = questions(fakes), []
+        for _ in range(zs3_dist.IDLE_LINKS + 2):
+            link = zs3_dist.Link(question.to.address)
+            calls.append(zs3_dist.Call(question, link, peers.seal, math.inf))
+            peers.later(calls[-1])
+        closed = [call.link.socket.fileno() < 0 for call in calls]
+        assert closed == [True, True] + [False] * zs3_dist.IDLE_LINKS
+
+
+@pytest.mark.parametrize("had_time", [True, False])
+def test_a_block_that_is_not_sent_when_another_has_it_is_held_against_who_had_time(
+    had_time: bool,
+) -> None:
+    with fake_peers(1, silent=0) as (fakes, peers):
+        to = fakes[0].contact
+        exchange = zs3_dist.Exchange(peers, [], 10.0)
+        question = zs3_dist.Question(to, f"store/{'0' * 64}", b"x")
+        call = zs3_dist.Call(question, zs3_dist.Link(to.address), peers.seal, math.inf)
+        call.link.begun -= exchange.patience + 1 if had_time else 0
+        exchange.calls[0] = call
+        exchange._leave()
+        assert peers.skipped(to.node) == had_time
+
+
 @pytest.mark.parametrize("in_a_cluster", [False, True])
 def test_what_is_left_of_uploads_in_a_deleted_bucket_is_removed(
     in_a_cluster: bool, lonely: Lonely, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -10217,7 +10409,7 @@ def test_connections_to_an_address_that_nobody_has_any_more_are_closed() -> None
         assert peers.take(fakes[0].contact.address) is kept
 
 
-@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "a_b"])
 def test_a_peer_whose_address_no_resolver_takes_does_not_answer(host: str) -> None:
     with fake_peers(1) as (fakes, peers):
         nowhere = zs3_dist.Question(Contact(9, zs3_dist.address_field(f"{host}:1")), "hello", b"")
@@ -10757,6 +10949,31 @@ def test_nodes_that_were_all_given_the_same_list_found_one_cluster(tmp_path: Pat
         node.start()
     for node in nodes:
         node.members(3)
+
+
+def test_a_node_that_was_started_alone_first_joins_by_a_bootstrap_later(tmp_path: Path) -> None:
+    """Of two without a bucket, the one that gives itself up may not know the other's address."""
+    nodes = [Process(tmp_path / str(number)) for number in range(2)]
+    for node in nodes:
+        node.members(1)
+    first, last = sorted(nodes, key=lambda node: node.ping()["node"])
+    first.kill()
+    first.join = [f"--bootstrap=127.0.0.1:{last.port}"]
+    first.start()
+    for node in nodes:
+        node.members(2)
+
+
+def test_two_nodes_that_swapped_addresses_find_together(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path, 2)
+    for node in nodes:
+        node.kill()
+    nodes[0].port, nodes[1].port = nodes[1].port, nodes[0].port
+    for node in nodes:
+        node.join = []
+        node.start()
+    for node in nodes:
+        node.members(2)
 
 
 def test_the_folder_of_a_running_node_is_refused_to_another(tmp_path: Path) -> None:

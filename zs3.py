@@ -130,6 +130,7 @@ SOCKET_SECONDS = 60.0  # without a byte from or to the client, the connection en
 LINGER_SECONDS = 5.0  # a refused upload is read on for this long: its sender shall see the answer
 TURN_SECONDS = 0.05  # who takes longer to answer a request is not waited for by the others
 EAGER_SECONDS = 0.00005  # a request that comes so soon is not slept for: to wake up takes as long
+DELETE_SECONDS = 30.0  # for the keys of one DeleteObjects: its client has not gone yet
 OWN_SECONDS = 1.0  # a connection whose request had to wait keeps its thread for so long after it
 SPARE_THREADS = 16  # are kept for requests that wait
 SHARE_SECONDS = 0.00002  # a worker lets others accept for so long for each busy connection it has
@@ -1325,15 +1326,15 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
     if payload in STREAMING_PAYLOADS:
         body = open_chunked_body(request, payload, auth)
     else:
-        size, declared = request.wire.length, request.header("x-amz-decoded-content-length")
-        if declared and declared != str(size):
-            raise S3Error("InvalidRequest", "x-amz-decoded-content-length of a body in no chunks.")
+        size, decoded = request.wire.length, request.header("x-amz-decoded-content-length")
         body = Body(request.wire, size)
         if payload != UNSIGNED_PAYLOAD:
             if not re.fullmatch("[0-9a-f]{64}", payload):
                 known = f"a SHA-256 in hex, {UNSIGNED_PAYLOAD} or {', '.join(STREAMING_PAYLOADS)}"
                 raise S3Error("InvalidArgument", f"x-amz-content-sha256 must be {known}.")
             body.expect("PAYLOAD", bytes.fromhex(payload))
+        if decoded and decoded != str(size):
+            raise S3Error("InvalidRequest", "x-amz-decoded-content-length of a body in no chunks.")
     if "content-md5" in request.headers:
         md5 = decode_digest(request.headers["content-md5"], 16, "Content-MD5", "InvalidDigest")
         body.expect("MD5", md5)
@@ -2999,16 +3000,20 @@ def delete_objects(store: Store, request: Request) -> Response:
     if not all(fields.get("Key") for fields in wanted):
         raise S3Error("MalformedXML", "Each Object needs a Key.")
     store.stat_bucket(request.bucket)
-    results = [delete_one(store, request.bucket, fields) for fields in wanted]
+    until = time.monotonic() + DELETE_SECONDS
+    results = [delete_one(store, request.bucket, fields, until) for fields in wanted]
     if (tree.findtext("Quiet") or "").strip().lower() == "true":
         results = [result for result in results if result.startswith("<Error>")]
     return document("DeleteResult", *results)
 
 
-def delete_one(store: Store, bucket: str, fields: Mapping[str, str]) -> Xml:
-    """Delete what an Object element names, whose children `fields` are; <Deleted> or <Error>."""
+def delete_one(store: Store, bucket: str, fields: Mapping[str, str], until: float) -> Xml:
+    """Delete what an Object element names, whose children `fields` are, if it is not later than
+    `until` on the monotonic clock; <Deleted> or <Error>."""
     key = fields["Key"]
     try:
+        if time.monotonic() > until:
+            raise S3Error("SlowDown", "The keys before this one took too long.")
         check_key(key)
         if (fields.get("VersionId") or "null") != "null":
             raise S3Error("NoSuchVersion")
@@ -3248,6 +3253,8 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
             info, condition = finished_info(upload, parts), write_condition(request)
             check_whole_object(request, info)
             info = store.concatenate(request.bucket, request.key, parts, info, condition)
+            # By this part others see that it was done, however long it takes to discard the rest.
+            store.delete_object(UPLOADS, parts[0].key, NO_CONDITION)
         except S3Error as error:
             if error.code not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
                 raise

@@ -237,8 +237,9 @@ class RoutingTable:
 BALLOT = re.compile(r"[0-9a-f]{36}")
 NODE = re.compile(r"[0-9a-f]{40}")
 HASH = re.compile(r"[0-9a-f]{64}")
+BLOB = re.compile(r"[0-9a-f]{64}\.blob")
 HASHES = re.compile(r"(?:[0-9a-f]{64})*")
-ADDRESS = re.compile(r"[0-9A-Za-z.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.%]{2,60}\]:[0-9]{1,5}")
+ADDRESS = re.compile(r"[0-9A-Za-z_.\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.%]{2,60}\]:[0-9]{1,5}")
 WRITE_ID = re.compile(r"[0-9a-f]{16}")
 BUCKET = re.compile(r"[a-z0-9.\-]{1,63}")
 CHECKSUM = re.compile(r".{0,200}")  # of a part, in base64
@@ -490,7 +491,7 @@ class Seal:
 
     def __init__(self, own: Contact, secret: str) -> None:
         self.own = own
-        self.misled: set[str] = set()  # addresses of peers that look for another node at ours
+        self.misled: set[str] = set()  # addresses of peers that look for another node, or for us
         self._key = blake3(secret.encode(), derive_key_context="zs3 cluster").digest()
         self._from = " ".join(own.as_json())
         self._nonces = itertools.count(secrets.randbits(63))
@@ -724,7 +725,10 @@ class Peers:
         """Keep the connection of a call whose answer nobody waits for: who next wants one to the
         same address looks whether the answer has come, and the connection can be used again."""
         with self._lock:
-            self._owed.setdefault(call.to.address, []).append(call)
+            owed = self._owed.setdefault(call.to.address, [])
+            owed.append(call)
+            if len(owed) > IDLE_LINKS:  # it hangs
+                owed.pop(0).link.close()
 
     def _finished(self, call: Call) -> bool:
         """Move one late call on, without waiting; True when it is over."""
@@ -810,7 +814,7 @@ class Exchange:
                 call.link.close()
             else:
                 self.peers.later(call)
-            if unsent:
+            if unsent and call.link.begun + self.patience < time.monotonic():
                 self.peers.fail(call.to)
 
     def _step(self, stop: float) -> None:
@@ -1076,7 +1080,7 @@ class Blocks:
     def walk(self) -> Iterator[tuple[str, int]]:
         """(hash, bytes) of every block, sorted."""
         for folder in sorted(path for path in self.root.iterdir() if len(path.name) == 2):
-            for name in sorted(name for name in os.listdir(folder) if name.endswith(".blob")):
+            for name in sorted(filter(BLOB.fullmatch, os.listdir(folder))):
                 with contextlib.suppress(FileNotFoundError):  # removed while we walk
                     yield name[:64], (folder / name).stat().st_size
 
@@ -2487,7 +2491,9 @@ class Cluster:
     ) -> dict[int, Reply]:
         """Send one message to peers; their replies by node id."""
         body = pack(message)
-        questions = [Question(contact, name, body) for contact in dict.fromkeys(contacts)]
+        # Who is silent comes last: it may take long to find out where that is.
+        asked = sorted(dict.fromkeys(contacts), key=lambda c: self.peers.skipped(c.node))
+        questions = [Question(contact, name, body) for contact in asked]
         replies = self.peers.ask(questions, enough, first, CONNECT_SECONDS, meanwhile=meanwhile)
         for contact in contacts:
             if contact.node and contact.node in replies:
@@ -2546,7 +2552,8 @@ class Cluster:
         return nearest(self.view().members, block_target(block), MAX_MEMBERS)
 
     def store(self, block: str, data: bytes) -> None:
-        """Have two nodes or more hold the block (all, in a smaller cluster). SlowDown otherwise."""
+        """Have two nodes or more hold the block (all, in a smaller cluster). SlowDown otherwise, or
+        InsufficientStorage where all have answered."""
         view = self.view()
         order = sorted(self.holders(block), key=lambda contact: self.peers.slow(contact.node))
         wanted = min(view.replicas, len(order))
@@ -2555,7 +2562,10 @@ class Cluster:
         others = [contact for contact in order if contact != self.own]
         stored = self.store_out(block, data, others, wanted - held, least - held)
         if held + len(stored) < least:
-            raise slow_down((tuple(order),), set(others) - set(stored), "write")
+            missing = [c for c in others if c not in stored and self.peers.skipped(c.node)]
+            if missing:
+                raise slow_down((tuple(order),), missing, "write")
+            raise S3Error("InsufficientStorage", "Too few nodes have room: see their logs.")
         for contact in stored:
             self.node.providers.add(block, contact, self.node.clock())
 
@@ -2802,6 +2812,7 @@ class DistributedStore:
         # Steps of background jobs (9, 10), and the seconds between two runs of each.
         self.jobs: list[tuple[Callable[[], None], float]] = []
         self.closing = threading.Event()
+        self.strangers: set[tuple[str, str]] = set()  # clients that were refused as peers, and why
         # What the background jobs did, for ping.
         self.counts = collections.Counter(repairs=0, healed=0, collected=0, buried=0, pulled=0)
 
@@ -3131,12 +3142,27 @@ class DistributedStore:
         try:
             sender, payload, mac = self.seal.check(request)
         except (S3Error, ValueError) as error:
+            self._note_stranger(request.client, str(error))
             return json_response(403, {"error": str(error)})
         self.cluster.spoke(sender, name == "hello")
+        if name == "hello" and self._may_be_lost(sender):
+            self.seal.misled.add(sender.address)
         status, body = self._answer(name, argument, request, sender, payload)
         proves_itself = name == "fetch" and status == 200
         proof = "" if proves_itself else self.seal.proof(mac, status, body)
         return zs3.Response(status, {"x-zs3-proof": proof} if proof else {}, body)
+
+    def _note_stranger(self, client: str, why: str) -> None:
+        """Tell the operator, once, who was refused as a peer: it may have another secret."""
+        if (client, why) not in self.strangers and len(self.strangers) < MAX_MEMBERS:
+            self.strangers.add((client, why))
+            LOG.warning("a request of %s was refused: %s", client, why)
+
+    def _may_be_lost(self, sender: Contact) -> bool:
+        """Is one of us to be looked for where it says that it is: this node, if it may give itself
+        up for the sender's cluster, or the sender, if the view has it elsewhere?"""
+        known = self.node.registers.view.member(sender.node)
+        return known != sender if known else self.node.idle()
 
     def _answer(
         self, name: str, argument: str, request: zs3.Request, sender: Contact, payload: str
@@ -3356,12 +3382,16 @@ class Housekeeping:
         lacking: set[Grave] = set()
         owners: dict[Contact, list[Grave]] = {}
         for grave in graves:
-            for contact in everyone(view.groups(grave[0])):
+            asked = everyone(view.groups(grave[0]))
+            if any(self.cluster.peers.skipped(contact.node) for contact in asked):
+                lacking.add(grave)
+                continue
+            for contact in asked:
                 owners.setdefault(contact, []).append(grave)
-        for contact, asked in owners.items():
-            answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
+        for contact, buried in owners.items():
+            answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": buried}, contact)
             said = answer.get("buried", []) if answer else []
-            lacking.update(grave for grave, one in itertools.zip_longest(asked, said) if not one)
+            lacking.update(grave for grave, one in itertools.zip_longest(buried, said) if not one)
         return [grave for grave in graves if grave not in lacking]
 
     # --- Blocks ---
@@ -3780,6 +3810,12 @@ class Membership:
         view = self.cluster.known_view()
         before, alone = view.member(self.node.own.node), self._left_alone(view.members)
         moved = before if alone and before != self.node.own else None
+        pair = ids(view.previous)
+        if len(pair) == 2 and self.ordered in pair and self.node.own.node not in pair:
+            other = next(c.address for c in view.previous if c.node != self.ordered)
+            LOG.error("--forget: only %s can do that now: start it with this option", other)
+            self.obeyed = True
+            return
         if moved is None or self._is_elsewhere(moved.address):
             view = self.cluster.view()
         if view.member(self.ordered):
