@@ -6304,7 +6304,7 @@ def test_names_that_are_too_long_for_a_file_system(
         assert store.stat_object("bucket", key).size == 1
         with pytest.raises(OSError, match="File name too long") as refused:
             stored(store, b"x", "x" + key)
-        assert zs3.as_s3_error(refused.value).code == "KeyTooLongError"
+        assert zs3.as_s3_error(refused.value, "a test").code == "KeyTooLongError"
     assert os.listdir(folder / ".tmp") == []
 
 
@@ -7432,6 +7432,45 @@ def test_the_banner(folder: Path) -> None:
         assert ADMIN[2] not in banner
 
 
+def test_the_banner_says_names_as_they_are(tmp_path: Path) -> None:
+    with Server(data=tmp_path / "données-数据") as server:
+        server.wait_for_line(f"data in {tmp_path}/données-数据")
+
+
+@pytest.mark.parametrize("name", ["ZS3_ACL", "MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"])
+def test_a_variable_may_come_in_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers are given secrets."""
+    given = {"ZS3_ACL": "admin:from-a-file:of-a-file", "MINIO_ROOT_USER": "from-a-file",
+             "MINIO_ROOT_PASSWORD": "of-a-file"}  # fmt: skip
+    (tmp_path / "secret").write_text(given.pop(name) + "\n")
+    for other, value in given.items() if name != "ZS3_ACL" else ():
+        if other != "ZS3_ACL":
+            monkeypatch.setenv(other, value)
+    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
+    expected = zs3.Credential("admin", "from-a-file", "of-a-file")
+    assert zs3.parse_arguments([]).credentials == {"from-a-file": expected}
+    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "missing"))
+    with pytest.raises(SystemExit, match=f"{name}_FILE: .*No such file"):
+        zs3.parse_arguments([])
+
+
+def test_what_the_system_says_of_its_disk_is_logged_with_the_request(folder: Path) -> None:
+    run = CHANGED.format("""
+def full(*_):
+    raise OSError(28, "No space left on device")
+zs3.write_all = full
+""")
+    with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
+        s3 = server.client("bucket")
+        answer = s3.put("k", b"hello")
+        assert answer.error == "InsufficientStorage"
+        line = rf"request {answer.headers['x-amz-request-id']}: .*No space left on device"
+        server.wait_for_line(line)
+        s3.close()
+
+
 def test_the_banner_says_whose_secret_is_the_default_one(folder: Path) -> None:
     with Server(data=folder, environment={"MINIO_ROOT_USER": "app"}) as server:
         assert server.wait_for_line("access key app, secret minioadmin")
@@ -7443,6 +7482,11 @@ def test_check_asks_a_running_server(folder: Path) -> None:
         assert run_zs3("--check", ZS3_PORT=str(server.port)).returncode == 0
     answer = run_zs3("--check", f"--port={server.port}")
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    (folder / "a-file").write_bytes(b"in the place of a bucket")
+    with Server(ACL, "--bucket=a-file", data=folder, ready=False) as server:
+        answer = run_zs3("--check", f"--port={server.port}")
+        assert answer.returncode == 1 and "answers 503" in answer.stderr
+        server.wait_for_line("GET /_zs3/health .* 503 ")
     with socket.create_server(
         ("127.0.0.1", 0)
     ) as listener:  # something else is there, and says nothing of use
@@ -7643,6 +7687,7 @@ def test_the_access_log_in_text(folder: Path) -> None:
         s3.unsigned("GET", "/bucket/secret")
         s3.get('"quote', user_agent='a "b"')
         s3.request("GET", "/_zs3")
+        s3.unsigned("GET", "/minio/health/live").ok()
         s3.close()
         get = TEXT_LINE.search(server.wait_for_line(r'"GET /bucket/a%20b'))
         assert get and get["request"] == "GET /bucket/a%20b HTTP/1.1"
@@ -7655,6 +7700,7 @@ def test_the_access_log_in_text(folder: Path) -> None:
         assert (
             len([line for line in server.lines if "HTTP/1.1" in line and "_zs3" not in line]) == 4
         )
+        assert not [line for line in server.lines if "health" in line]  # it was 200
 
 
 def test_the_access_log_in_json(folder: Path) -> None:
@@ -11539,7 +11585,8 @@ def test_the_readme_names_errors_and_flags_that_there_are() -> None:
     flags = {*re.findall("`--([a-z-]+)", "\n".join(ours)), *re.findall(" --([a-z-]+)", commands)}
     assert flags <= {option.name for option in zs3.OPTIONS} | {"help", "version"}
     variables = {"ZS3_" + option.name.upper().replace("-", "_") for option in zs3.OPTIONS}
-    assert set(re.findall("ZS3_[A-Z_]+", README)) <= variables | {"ZS3_"}
+    named = {name.removesuffix("_FILE") for name in re.findall("ZS3_[A-Z_]+", README)}
+    assert named <= variables | {"ZS3_"}
 
 
 def test_the_readmes_boto3_example_runs(

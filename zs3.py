@@ -247,14 +247,15 @@ class Silent(Gone):
     """The client sends or takes nothing for SOCKET_SECONDS."""
 
 
-def as_s3_error(error: S3Error | OSError) -> S3Error:
-    """What the client is told; raises what only a bug can be."""
+def as_s3_error(error: S3Error | OSError, during: str) -> S3Error:
+    """What the client is told, and the log of what the system said; raises what only a bug can be.
+    """
     if isinstance(error, S3Error):
         return error
     code = OS_ERRORS.get(error.errno or 0)
     if code is None:
         raise error
-    LOG.error("%s", error)
+    LOG.error("%s: %s", during, error)
     whose = "The server may not do this in its own folder: see its log."
     return S3Error(code, whose if code == "AccessDenied" else "")
 
@@ -3021,7 +3022,7 @@ def delete_one(store: Store, bucket: str, fields: Mapping[str, str], until: floa
             raise S3Error("NotImplemented", "The only condition of a deletion here is an ETag.")
         store.delete_object(bucket, key, Condition(if_match=fields.get("ETag")))
     except (S3Error, OSError) as raised:
-        error = as_s3_error(raised)
+        error = as_s3_error(raised, "DeleteObjects")
         return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
     return xml(Deleted=xml(Key=key))
 
@@ -3467,7 +3468,7 @@ class Service:
         try:
             return self._serve(request)
         except (S3Error, OSError) as error:
-            return error_response(request, as_s3_error(error))
+            return error_response(request, as_s3_error(error, f"request {request.id}"))
 
     def _serve(self, request: Request) -> Response:
         request.query = dict(split_query(request.raw_query)) if request.raw_query else {}
@@ -3607,7 +3608,7 @@ class Wire:
 def write_line(text: str) -> None:
     """A line to standard error, in one piece."""
     with contextlib.suppress(OSError):  # a full or closed log is no reason to fail a request
-        os.write(2, text.encode("ascii", "replace") + b"\n")
+        os.write(2, text.encode("utf-8", "replace") + b"\n")
 
 
 def logged_target(request: Request) -> str:
@@ -3837,7 +3838,8 @@ class Connection(BaseRequestHandler):
         finally:
             if content is not None:
                 content.close()
-            if self.server.log and not (request.internal and request.path not in HEALTH_PATHS):
+            is_probe = request.path in HEALTH_PATHS  # asked every few seconds
+            if self.server.log and (response.status != 200 if is_probe else not request.internal):
                 seconds = time.monotonic() - began
                 write_line(self.server.log(request, response, length, seconds))
         if not keep and (not request.wire.ended or self._has_unread()):
@@ -4144,7 +4146,8 @@ class Server(ThreadingHTTPServer):
 DEFAULT_SECRET = "minioadmin"
 EPILOG = """\
 Each option can be given by an environment variable, too: --data-dir by ZS3_DATA_DIR, --quiet by
-ZS3_QUIET=1. MINIO_ROOT_USER and MINIO_ROOT_PASSWORD are the admin's keys where there is no --acl.
+ZS3_QUIET=1; or by a file, --acl by that which ZS3_ACL_FILE names. MINIO_ROOT_USER and
+MINIO_ROOT_PASSWORD (or their _FILE) are the admin's keys where there is no --acl.
 Durations are seconds, or a number with s, m, h or d behind it: 45s, 30m, 12h, 7d.
 
 Roles: a reader may get and list; a writer may also put and delete objects; an admin may also create
@@ -4281,6 +4284,19 @@ OPTIONS = (
 )
 
 
+def environment(name: str) -> str | None:
+    """What a variable of the environment says; or, as containers are given secrets, the file that
+    NAME_FILE names."""
+    path = os.environ.get(f"{name}_FILE")
+    if path is None:
+        return os.environ.get(name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"zs3: {name}_FILE: {error}")
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, and the environment for what is not there; with its `credentials`."""
     parser = argparse.ArgumentParser(
@@ -4291,7 +4307,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     groups = {title: parser.add_argument_group(title) for title in (SERVER, CLUSTER)}
     for option in OPTIONS:
         group, flag = groups[option.group], f"--{option.name}"
-        given = os.environ.get("ZS3_" + option.name.upper().replace("-", "_"))
+        given = environment("ZS3_" + option.name.upper().replace("-", "_"))
         if option.name == "port" and given and given.startswith("tcp://"):
             given = None  # Kubernetes says so, wherever a service is called zs3
         if option.kind is bool:
@@ -4311,13 +4327,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for option in OPTIONS:
         if option.group == CLUSTER and f"--{option.name}" in flags and not args.distributed:
             parser.error(f"--{option.name} needs --distributed")
-    if not args.acl and ("--acl" in flags or "ZS3_ACL" in os.environ):
+    if not args.acl and ("--acl" in flags or environment("ZS3_ACL") is not None):
         parser.error("--acl names nobody")
     # The nodes of one machine, started in one directory, get a folder each.
     beside = args.distributed and args.port != PORT
     args.data_dir = args.data_dir or (f"data-{args.port}" if beside else "data")
-    access = os.environ.get("MINIO_ROOT_USER") or "minioadmin"
-    secret = os.environ.get("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
+    access = environment("MINIO_ROOT_USER") or "minioadmin"
+    secret = environment("MINIO_ROOT_PASSWORD") or DEFAULT_SECRET
     args.credentials = args.acl or {access: Credential("admin", access, secret)}
     return args
 
@@ -4350,10 +4366,14 @@ def check_health(args: argparse.Namespace) -> int:
     with contextlib.closing(http.client.HTTPConnection(host, args.port, timeout=5)) as connection:
         try:
             connection.request("GET", "/_zs3/health")
-            return 0 if connection.getresponse().status == 200 else 1
+            answer = connection.getresponse()
+            if answer.status == 200:
+                return 0
+            text = answer.read().decode(errors="replace")
+            print(f"zs3: {host}:{args.port} answers {answer.status}: {text}", file=sys.stderr)
         except (OSError, http.client.HTTPException) as error:
             print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)
-            return 1
+        return 1
 
 
 def print_banner(args: argparse.Namespace) -> None:
