@@ -5103,8 +5103,9 @@ class InProcess:
 
     def __init__(self, respond: Callable[[zs3.Request], zs3.Response]) -> None:
         service: Any = types.SimpleNamespace(
-            respond=respond, waits=lambda request: False, settings=zs3.Settings({})
-        )
+            respond=respond, waits=lambda request: False, settings=zs3.Settings({}),
+            store=types.SimpleNamespace(waits=False),
+        )  # fmt: skip
         self.server = zs3.Server(socket.create_server(("127.0.0.1", 0)), service, None)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
 

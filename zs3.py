@@ -3681,7 +3681,7 @@ def has_come(those: Iterable[Connection | Server], seconds: float = 0.0) -> bool
 T = TypeVar("T")
 
 
-def eagerly(look: Callable[[float], T], seconds: float, eager: float = EAGER_SECONDS) -> T:
+def eagerly(look: Callable[[float], T], seconds: float, eager: float) -> T:
     """What look(seconds) finds, which waits for it. For the first `eager` seconds without going to
     sleep; whoever can compute meanwhile, does."""
     until = time.monotonic() + min(seconds, eager)
@@ -3743,8 +3743,7 @@ class Connection(BaseRequestHandler):
     def has_more(self) -> bool:
         """Whether another request comes soon after one that had to wait."""
         left = self.waited + OWN_SECONDS - time.monotonic()
-        look = functools.partial(has_come, [self])
-        return self.wire.has_head() or (left > 0 and eagerly(look, left))
+        return self.wire.has_head() or (left > 0 and has_come([self], left))
 
     def wait(self) -> bool:
         """From here on this thread waits, for the client or others. False: it did so, in vain."""
@@ -3995,7 +3994,8 @@ class Server(ThreadingHTTPServer):
 
     def _answer(self, turn: Turn) -> None:
         """Answer the requests that have come, as long as the turn lasts."""
-        for key, _ in eagerly(self._selector.select, 1.0):
+        eager = 0.0 if self.service.store.waits else EAGER_SECONDS  # nodes leave the core to others
+        for key, _ in eagerly(self._selector.select, 1.0, eager):
             connection = key.data
             turn.ends = time.monotonic() + TURN_SECONDS
             turn.connection = connection
