@@ -2473,6 +2473,12 @@ def test_a_declaration_that_does_not_exist_is_refused(s3: Client, name: str, val
 
 
 def test_a_decoded_length_of_a_body_in_no_chunks_is_its_length(s3: Client) -> None:
+    for length, code in ((5, ""), (4, "IncompleteBody"), (6, "IncompleteBody")):
+        given = {"x-amz-decoded-content-length": str(length), "transfer-encoding": "chunked"}
+        headers = s3.signed_head("PUT", f"/{s3.bucket}/k", "", given, "UNSIGNED-PAYLOAD")
+        head = head_bytes("PUT", f"/{s3.bucket}/k", headers)
+        answer = s3.exchange("PUT", head + b"5\r\nhello\r\n0\r\n\r\n")
+        assert answer.error == code if code else answer.ok()
     s3.put("k", b"hello", x_amz_decoded_content_length="5").ok()
     framed = b"5\r\nhello\r\n0\r\n\r\n"
     headers = {"content_encoding": "aws-chunked", "x_amz_decoded_content_length": "5"}
@@ -4894,7 +4900,7 @@ def test_http_1_0(disk: Client) -> None:
     ("http://b.example:9000/k?x=/y", "/k", "x=/y", "b.example:9000"),
     ("HTTP://b.example", "/", "", "b.example"),
     ("http://b.example?x=/b/k", "/", "x=/b/k", "b.example"),
-    ("/http://b.example/k", "/http://b.example/k", "", "a"),
+    ("/http://b.example/k", "/http://b.example/k", "", "a"), ("http://b?", "/", "", "b"),
 ])  # fmt: skip
 def test_an_absolute_target_says_the_host(target: str, path: str, query: str, host: str) -> None:
     """(RFC 9112, 3.2.2: whatever the Host header says.)"""
@@ -4903,10 +4909,20 @@ def test_an_absolute_target_says_the_host(target: str, path: str, query: str, ho
     assert parsed[1:3] == (path, query) and parsed[4] == {"host": host}
 
 
-@pytest.mark.parametrize("target", ["http://", "http:///k", "https://b/k", "ftp://b/k", "k"])
+@pytest.mark.parametrize(
+    "target",
+    ["http://", "http:///k", "https://b/k", "ftp://b/k", "k", "http://a\x01b/k", "http://a\rb/k",
+     "http://a/k\x7f", "http://a?\xff"],
+)  # fmt: skip
 def test_other_absolute_targets_are_refused(target: str) -> None:
     with pytest.raises(S3Error, match=r"InvalidURI|InvalidRequest"):
-        zs3.parse_head(f"GET {target} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+        zs3.parse_head(f"GET {target} HTTP/1.1\r\nhost: a\r\n\r\n".encode("latin-1"))
+
+
+def test_an_absolute_target_needs_a_host_header_all_the_same() -> None:
+    with raises("InvalidRequest"):
+        zs3.parse_head(b"GET http://a/k HTTP/1.1\r\n\r\n")
+    assert zs3.parse_head(b"GET http://a/k HTTP/1.0\r\n\r\n")[4] == {"host": "a"}
 
 
 def test_an_absolute_target_is_answered(disk: Client) -> None:
@@ -5016,9 +5032,15 @@ def test_a_connection_beyond_the_last_is_SlowDown(folder: Path) -> None:
 
 
 def test_systems_of_32_bits_with_times_of_64(folder: Path) -> None:
-    """Their time-outs of sockets are options 66 and 67, which take two numbers of 64 bits."""
-    options = "import socket; socket.SO_RCVTIMEO, socket.SO_SNDTIMEO = 66, 67"
-    run = CHANGED.format(f"{options}; zs3.SOCKET_SECONDS = 1.0")
+    """Their time-outs of sockets are options 66 and 67, which take two numbers of 64 bits, where
+    the C language's long has 32."""
+    run = CHANGED.format("""
+import socket, struct
+pack = struct.pack
+struct.pack = lambda form, *numbers: pack(form.replace("l", "i"), *numbers)
+socket.SO_RCVTIMEO, socket.SO_SNDTIMEO = 66, 67
+zs3.SOCKET_SECONDS = 1.0
+""")
     with Server(ACL, "--bucket=bucket", data=folder, prelude=run) as server:
         s3 = server.client("bucket")
         with s3.connect() as connection:
@@ -7452,9 +7474,18 @@ def test_a_variable_may_come_in_a_file(
     monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
     expected = zs3.Credential("admin", "from-a-file", "of-a-file")
     assert zs3.parse_arguments([]).credentials == {"from-a-file": expected}
-    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "missing"))
-    with pytest.raises(SystemExit, match=f"{name}_FILE: .*No such file"):
+    (tmp_path / "empty").touch()
+    for file, text in (("missing", "No such file"), ("empty", "is empty")):
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / file))
+        with pytest.raises(SystemExit, match=f"{name}_FILE: .*{text}"):
+            zs3.parse_arguments([])
+    monkeypatch.setenv(f"{name}_FILE", "")
+    assert "from-a-file" not in zs3.parse_arguments([]).credentials or name == "MINIO_ROOT_PASSWORD"
+    monkeypatch.setenv(f"{name}_FILE", "a-secret")  # that of Docker is looked for in its folder
+    with pytest.raises(SystemExit, match="/run/secrets/a-secret"):
         zs3.parse_arguments([])
+    monkeypatch.setenv(name, "admin:a:b")  # what is given itself counts
+    assert zs3.parse_arguments([]).credentials
 
 
 def test_what_the_system_says_of_its_disk_is_logged_with_the_request(folder: Path) -> None:
@@ -7689,6 +7720,10 @@ def test_the_access_log_in_text(folder: Path) -> None:
         s3.get('"quote', user_agent='a "b"')
         s3.request("GET", "/_zs3")
         s3.unsigned("GET", "/minio/health/live").ok()
+        minio = Client(s3.ports, "minio")
+        minio.on_bucket("PUT").ok()
+        minio.put("health/live", b"an object").ok()
+        minio.close()
         s3.close()
         get = TEXT_LINE.search(server.wait_for_line(r'"GET /bucket/a%20b'))
         assert get and get["request"] == "GET /bucket/a%20b HTTP/1.1"
@@ -7698,10 +7733,11 @@ def test_the_access_log_in_text(folder: Path) -> None:
         assert refused and refused["status"] == "403" and refused["user"] == "-"
         server.wait_for_line("%22quote")
         server.wait_for_line("GET /_zs3 HTTP/1.1.*InvalidBucketName")
+        server.wait_for_line('"PUT /minio/health/live HTTP/1.1" 200')
         assert (
-            len([line for line in server.lines if "HTTP/1.1" in line and "_zs3" not in line]) == 4
+            len([line for line in server.lines if "HTTP/1.1" in line and "_zs3" not in line]) == 6
         )
-        assert not [line for line in server.lines if "health" in line]  # it was 200
+        assert not [line for line in server.lines if "GET" in line and "health" in line]
 
 
 def test_the_access_log_in_json(folder: Path) -> None:
@@ -9174,6 +9210,59 @@ def test_who_founded_anew_and_was_joined_before_the_old_cluster_asked_for_it_say
     assert caplog.messages == [text] and one.known_view().cluster == "0" * 16
 
 
+def test_nobody_gives_itself_up_for_a_cluster_that_was_given_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Net(1, 2)
+    one, other = (net.clusters[node] for node in net.nodes)
+    for cluster, name in ((one, "1"), (other, "2")):
+        cluster.node.registers.install([View(name * 16, 1, 3, (cluster.own,))])
+    if one.own.node < other.own.node:
+        one, other = other, one
+    view = one.known_view()
+    monkeypatch.setattr(one, "call", where(("b:1", other.own, other)))
+    member = zs3_dist.Membership(housekeeping(one)[0].store, ["b:1"], 3)
+    entered: list[int] = []
+    monkeypatch.setattr(member, "_enter", lambda: entered.append(1))
+
+    def meanwhile(_: float) -> bool:
+        monkeypatch.setattr(one, "call", where())
+        return False
+
+    monkeypatch.setattr(member.store.closing, "wait", meanwhile)
+    member._merge(view)
+    assert one.known_view() == view and not entered and one.joined.is_set()
+    monkeypatch.setattr(one, "call", where(("b:1", other.own, other)))
+    monkeypatch.setattr(member.store.closing, "wait", lambda _: False)
+    member._merge(view)
+    assert one.known_view() == other.known_view() and entered
+
+
+def test_who_was_to_join_a_node_that_has_joined_others_begins_anew() -> None:
+    net = Net(1, 3)
+    one, other, third = (net.clusters[node] for node in net.nodes)
+    one.node.registers.install([View("1" * 16, 1, 3, (other.own,))])
+    for each in (other, third):
+        members = tuple(sorted((other.own, third.own)))
+        each.node.registers.install([View("2" * 16, 1, 3, members)])
+    one.joined.clear()
+    housekeeping(one)[1].join()
+    assert one.known_view().members == (one.own,) and one.joined.is_set()
+    assert one.known_view().cluster not in ("1" * 16, "2" * 16)
+    assert one.young_until > time.monotonic()  # until it has met them, it makes no bucket
+    assert other.known_view().cluster == "2" * 16
+
+
+def test_no_two_clusters_are_at_one_epoch() -> None:
+    epochs = set()
+    for seed in range(20):
+        net = Net(seed, 1)
+        [one] = net.clusters.values()
+        housekeeping(one)[1]._found()
+        epochs.add(one.known_view().epoch)
+    assert len(epochs) == 20 and min(epochs) >= 1
+
+
 def test_a_long_history_of_views_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     _, (one, other) = owners(2)
     for number in range(5):
@@ -10092,20 +10181,20 @@ def test_who_is_silent_is_asked_last(lonely: Lonely, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("is_silent", "code"), [(False, "InsufficientStorage"), (True, "SlowDown")]
-)
+    ("replies", "code"),
+    [({7: Reply(503)}, "InsufficientStorage"), ({7: Reply(0)}, "SlowDown"), ({}, "SlowDown"),
+     ({7: Reply(403)}, "SlowDown")],
+)  # fmt: skip
 def test_a_block_for_which_nobody_has_room_is_told_from_one_that_nobody_answers(
-    lonely: Lonely, is_silent: bool, code: str, monkeypatch: pytest.MonkeyPatch
+    lonely: Lonely, replies: dict[int, Reply], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = lonely.peer.own
     lonely.node.registers.install([View("0" * 16, 2, 3, tuple(sorted((lonely.own, other))))])
-    monkeypatch.setattr(lonely.peers, "ask", lambda *_: {other.node: Reply(503)})
-    if is_silent:
-        lonely.peers.fail(other)
+    monkeypatch.setattr(lonely.peers, "ask", lambda *_: replies)
     with pytest.raises(S3Error) as refused:
         lonely.cluster.store(zs3_dist.block_hash(b"x"), b"x")
     assert refused.value.code == code
-    assert (other.address in refused.value.message) == is_silent
+    assert (other.address in refused.value.message) == (code == "SlowDown")
 
 
 def test_a_tombstone_is_not_asked_about_while_an_owner_is_silent(

@@ -265,7 +265,7 @@ def as_s3_error(error: S3Error | OSError, during: str) -> S3Error:
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name (RFC 9110, 5.6.2)
 HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 TARGET = re.compile(r"/[\x21-\x7e]*")
-ABSOLUTE = re.compile(r"http://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)  # RFC 9112, 3.2.2
+ABSOLUTE = re.compile(r"http://([!-.0->@-~]+)(/[!->@-~]*)?(\?[!-~]*)?", re.I)  # RFC 9112, 3.2.2
 BLANKS = re.compile("[ \t]+")
 # After BLANKS: with \s* at each place, n blanks would be divided among them in n^3 ways.
 RANGE = re.compile(r"bytes ?= ?(\d{0,99}) ?- ?(\d{0,99})", re.ASCII | re.IGNORECASE)
@@ -514,6 +514,7 @@ class Request:
     bucket: str = ""
     key: str = ""
     credential: Credential | None = None  # None: nobody signed it
+    is_probe: bool = False  # of the server's health
     wire: WireBody = field(default_factory=lambda: WireBody(io.BytesIO(), 0))
     body: Body = field(init=False)  # opened once the request is accepted
 
@@ -549,12 +550,12 @@ def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
                 raise S3Error("InvalidRequest", f"The header {name} is repeated.")
             value = f"{headers[name]},{value}"
         headers[name] = value
+    if version == "HTTP/1.1" and not headers.get("host"):
+        raise S3Error("InvalidRequest", "The Host header is missing.")
     if found := ABSOLUTE.fullmatch(target):
         headers["host"], target = found[1], (found[2] or "/") + (found[3] or "")
     if not TARGET.fullmatch(target):
         raise S3Error("InvalidURI")
-    if version == "HTTP/1.1" and not headers.get("host"):
-        raise S3Error("InvalidRequest", "The Host header is missing.")
     path, _, raw_query = target.partition("?")
     return method, path, raw_query, version, headers
 
@@ -1302,6 +1303,14 @@ def parse_algorithm(text: str) -> str:
     return algorithm
 
 
+def decoded_length(request: Request) -> int:
+    """The length of a body without the framing of aws-chunked."""
+    declared = request.header("x-amz-decoded-content-length")
+    if not declared:
+        raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
+    return parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
+
+
 def open_chunked_body(request: Request, payload: str, auth: Authorization | None) -> Body:
     """A body in aws-chunked, told by x-amz-content-sha256: minio-go sends no Content-Encoding."""
     key = b""
@@ -1311,10 +1320,7 @@ def open_chunked_body(request: Request, payload: str, auth: Authorization | None
         raise S3Error("AccessDenied", "Signed chunks need a signed request.")
     else:
         key = signing_key(request.credential.secret, auth.amz_date[:8], auth.region)
-    declared = request.header("x-amz-decoded-content-length")
-    if not declared:
-        raise S3Error("MissingContentLength", "You must provide x-amz-decoded-content-length.")
-    size = parse_integer(declared, "x-amz-decoded-content-length", 0, 10**18)
+    size = decoded_length(request)
     trailer = "" if payload == SIGNED_CHUNKS else request.header("x-amz-trailer")
     return Body(AwsChunks(request.wire, trailer, auth, key), size)
 
@@ -1327,15 +1333,17 @@ def open_body(request: Request, auth: Authorization | None) -> Body:
     if payload in STREAMING_PAYLOADS:
         body = open_chunked_body(request, payload, auth)
     else:
-        size, decoded = request.wire.length, request.header("x-amz-decoded-content-length")
-        body = Body(request.wire, size)
+        body = Body(request.wire, request.wire.length)
         if payload != UNSIGNED_PAYLOAD:
             if not re.fullmatch("[0-9a-f]{64}", payload):
                 known = f"a SHA-256 in hex, {UNSIGNED_PAYLOAD} or {', '.join(STREAMING_PAYLOADS)}"
                 raise S3Error("InvalidArgument", f"x-amz-content-sha256 must be {known}.")
             body.expect("PAYLOAD", bytes.fromhex(payload))
-        if decoded and decoded != str(size):
-            raise S3Error("InvalidRequest", "x-amz-decoded-content-length of a body in no chunks.")
+        if "x-amz-decoded-content-length" in request.headers:
+            size = decoded_length(request)
+            if body.size not in (None, size):
+                raise S3Error("InvalidRequest", "The decoded length of a body that has no chunks.")
+            body.size = size
     if "content-md5" in request.headers:
         md5 = decode_digest(request.headers["content-md5"], 16, "Content-MD5", "InvalidDigest")
         body.expect("MD5", md5)
@@ -2097,12 +2105,14 @@ class FileStore:
     def hold(self, bucket: str, key: str) -> Iterator[None]:
         """By a lock on its file. Whoever gets it has yet to see whether it is still there."""
         path = self._literal_path(bucket, key)
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(FileNotFoundError):  # or it is not there any more
-                stack.enter_context(flocked(path, 0))
-            yield
-        with contextlib.suppress(OSError):  # NFS keeps a deleted file, until it is closed, in there
-            os.rmdir(os.path.dirname(path))
+        try:
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(FileNotFoundError):  # or it is not there any more
+                    stack.enter_context(flocked(path, 0))
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # NFS kept in it what was deleted, until it closed
+                os.rmdir(os.path.dirname(path))
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Directories that become empty go too."""
@@ -2154,9 +2164,8 @@ class FileStore:
         try:
             yield file, path
         except BaseException:
-            with contextlib.suppress(OSError):  # renamed already; the sweep will see to the rest
+            with contextlib.suppress(FileNotFoundError):  # renamed already
                 os.unlink(path)
-                self._remove_side(bucket, key, os.fstat(file))
             raise
         finally:
             os.close(file)
@@ -2185,26 +2194,34 @@ class FileStore:
     ) -> ObjectInfo:
         """Make a finished temporary file the object `info.key`: only here do objects appear."""
         info = self._write_record(file, bucket, info)
-        if self._fsync:
-            os.fsync(file)
-        os.close(os.dup(file))  # a network file system may say only now that its disk is full
-        with self._lock(bucket, info.key):
-            self._check(condition, bucket, info.key)
-            literal = self._literal_path(bucket, info.key)
-            special = self._special_path(bucket, info.key)
-            # A listing could miss a key that moves: one stays where it is until it is deleted.
-            is_special = os.path.isfile(special)
-            stays = is_special and not os.path.isfile(literal)
-            if literal and not stays and self._rename(temp, literal, bucket, info.key):
-                if is_special:  # hidden by a file that was copied in
-                    self._remove(special, bucket, info.key)
-                return info
-            # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
-            with self._lock(bucket):
-                self._require_bucket(bucket)
-                if not self._rename(temp, special, bucket, info.key):
-                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), special)
+        try:
+            if self._fsync:
+                os.fsync(file)
+            os.close(os.dup(file))  # a network file system may say only now that its disk is full
+            with self._lock(bucket, info.key):
+                self._check(condition, bucket, info.key)
+                self._place(temp, bucket, info.key)
+        except BaseException:
+            with contextlib.suppress(OSError):  # then the sweep will remove it
+                self._remove_side(bucket, info.key, os.fstat(file))
+            raise
         return info
+
+    def _place(self, temp: str, bucket: str, key: str) -> None:
+        """Rename a temporary file to where its key is, or is to be. Under the key's lock."""
+        literal, special = self._literal_path(bucket, key), self._special_path(bucket, key)
+        # A listing could miss a key that moves: one stays where it is until it is deleted.
+        is_special = os.path.isfile(special)
+        stays = is_special and not os.path.isfile(literal)
+        if literal and not stays and self._rename(temp, literal, bucket, key):
+            if is_special:  # hidden by a file that was copied in
+                self._remove(special, bucket, key)
+            return
+        # The bucket's own folder may stay empty by this: the lock keeps delete_bucket from it.
+        with self._lock(bucket):
+            self._require_bucket(bucket)
+            if not self._rename(temp, special, bucket, key):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), special)
 
     def _rename(self, temp: str, path: str, bucket: str, key: str) -> bool:
         """Rename into place, making directories. False when the path is taken: it is a directory,
@@ -3002,13 +3019,13 @@ def delete_objects(store: Store, request: Request) -> Response:
         raise S3Error("MalformedXML", "Each Object needs a Key.")
     store.stat_bucket(request.bucket)
     until = time.monotonic() + DELETE_SECONDS
-    results = [delete_one(store, request.bucket, fields, until) for fields in wanted]
+    results = [delete_one(store, request, fields, until) for fields in wanted]
     if (tree.findtext("Quiet") or "").strip().lower() == "true":
         results = [result for result in results if result.startswith("<Error>")]
     return document("DeleteResult", *results)
 
 
-def delete_one(store: Store, bucket: str, fields: Mapping[str, str], until: float) -> Xml:
+def delete_one(store: Store, request: Request, fields: Mapping[str, str], until: float) -> Xml:
     """Delete what an Object element names, whose children `fields` are, if it is not later than
     `until` on the monotonic clock; <Deleted> or <Error>."""
     key = fields["Key"]
@@ -3020,9 +3037,9 @@ def delete_one(store: Store, bucket: str, fields: Mapping[str, str], until: floa
             raise S3Error("NoSuchVersion")
         if fields.keys() & {"Size", "LastModifiedTime"}:
             raise S3Error("NotImplemented", "The only condition of a deletion here is an ETag.")
-        store.delete_object(bucket, key, Condition(if_match=fields.get("ETag")))
+        store.delete_object(request.bucket, key, Condition(if_match=fields.get("ETag")))
     except (S3Error, OSError) as raised:
-        error = as_s3_error(raised, "DeleteObjects")
+        error = as_s3_error(raised, f"request {request.id}")
         return xml(Error=xml(Key=key, Code=error.code, Message=error.message))
     return xml(Deleted=xml(Key=key))
 
@@ -3477,6 +3494,7 @@ class Service:
         request.bucket, request.key = address(request)
         anonymous = not (request.header("authorization") or request.query)
         if anonymous and request.path in HEALTH_PATHS and request.method in ("GET", "HEAD"):
+            request.is_probe = True
             if not self.ready:
                 raise S3Error("SlowDown", "The buckets of --bucket are not made yet.")
             return Response(200, {"Content-Type": "application/json"}, b'{"status":"ok"}\n')
@@ -3837,8 +3855,8 @@ class Connection(BaseRequestHandler):
         finally:
             if content is not None:
                 content.close()
-            is_probe = request.path in HEALTH_PATHS  # asked every few seconds
-            if self.server.log and (response.status != 200 if is_probe else not request.internal):
+            is_news = response.status != 200 if request.is_probe else not request.internal
+            if self.server.log and is_news:
                 seconds = time.monotonic() - began
                 write_line(self.server.log(request, response, length, seconds))
         if not keep and (not request.wire.ended or self._has_unread()):
@@ -4286,13 +4304,13 @@ OPTIONS = (
 
 def environment(name: str) -> str | None:
     """What a variable of the environment says; or, as containers are given secrets, the file that
-    NAME_FILE names."""
-    path = os.environ.get(f"{name}_FILE")
-    if path is None:
-        return os.environ.get(name)
+    NAME_FILE names, by its path or in /run/secrets."""
+    given, path = os.environ.get(name), os.environ.get(f"{name}_FILE")
+    if given is not None or not path:
+        return given
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
+        with open(os.path.join("/run/secrets", path), encoding="utf-8") as file:
+            return file.read().strip() or sys.exit(f"zs3: {name}_FILE: {path} is empty")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"zs3: {name}_FILE: {error}")
 
@@ -4369,7 +4387,7 @@ def check_health(args: argparse.Namespace) -> int:
             answer = connection.getresponse()
             if answer.status == 200:
                 return 0
-            text = answer.read().decode(errors="replace")
+            text = answer.read1(SMALL_BYTES).decode(errors="replace")
             print(f"zs3: {host}:{args.port} answers {answer.status}: {text}", file=sys.stderr)
         except (OSError, http.client.HTTPException) as error:
             print(f"zs3: no answer from {host}:{args.port}: {error}", file=sys.stderr)

@@ -727,7 +727,7 @@ class Peers:
         with self._lock:
             owed = self._owed.setdefault(call.to.address, [])
             owed.append(call)
-            if len(owed) > IDLE_LINKS:  # it hangs
+            if len(owed) > IDLE_LINKS:  # else one that hangs would take as many as are begun
                 owed.pop(0).link.close()
 
     def _finished(self, call: Call) -> bool:
@@ -2560,10 +2560,10 @@ class Cluster:
         least = min(2, wanted)
         held = int(self.own in order[:wanted] and self._store_here(block, data))
         others = [contact for contact in order if contact != self.own]
-        stored = self.store_out(block, data, others, wanted - held, least - held)
+        said = self.store_out(block, data, others, wanted - held, least - held)
+        stored = [contact for contact, status in said.items() if status == 200]
         if held + len(stored) < least:
-            missing = [c for c in others if c not in stored and self.peers.skipped(c.node)]
-            if missing:
+            if missing := [contact for contact in others if said.get(contact) not in (200, 503)]:
                 raise slow_down((tuple(order),), missing, "write")
             raise S3Error("InsufficientStorage", "Too few nodes have room: see their logs.")
         for contact in stored:
@@ -2579,9 +2579,10 @@ class Cluster:
 
     def store_out(
         self, block: str, data: bytes, others: Sequence[Contact], wanted: int, least: int
-    ) -> list[Contact]:
+    ) -> dict[Contact, int]:
         """Ask `wanted` of the others at once, and more for those that fail, in order. Once `least`
-        of them have the block, the rest get COPY_SECONDS. Returns those that have it."""
+        of them have the block, the rest get COPY_SECONDS. Returns the status of each answer: 200
+        from those that have it, 503 from those whose disk takes none."""
 
         def enough(replies: Mapping[int, Reply]) -> bool:
             return sum(reply.status == 200 for reply in replies.values()) >= least
@@ -2590,7 +2591,7 @@ class Cluster:
         first = max(least, min(wanted, answering))  # repair will see to those that are slow
         questions = [Question(contact, f"store/{block}", data) for contact in others]
         replies = self.peers.ask(questions, enough, first, BLOCK_SECONDS, COPY_SECONDS)
-        return [c for c in others if replies.get(c.node, Reply(0)).status == 200]
+        return {c: replies[c.node].status for c in others if c.node in replies}
 
     def fetch(self, block: str) -> bytes:
         """The block's bytes, verified: from this disk, else from who should hold it, else from who
@@ -3468,8 +3469,8 @@ class Housekeeping:
         data = self.blocks.get(block) if contacts else None
         if data is not None:
             count = len(contacts)
-            stored = self.cluster.store_out(block, data, contacts, count, count)
-            self.store.counts["repairs"] += len(stored)
+            said = self.cluster.store_out(block, data, contacts, count, count)
+            self.store.counts["repairs"] += list(said.values()).count(200)
 
     def _announce(self, blocks: Sequence[str]) -> None:
         """Tell the nodes nearest to each block that this node holds it. (Kademlia, 2.5)"""
@@ -3542,7 +3543,12 @@ class Membership:
         if not self.cluster.joined.is_set() and len(view.members) > 1:
             self._look_around(view)
         if member != self.node.own or not self.cluster.joined.is_set():
-            self._hello_all(view)  # it may have been forgotten: ask before answering anybody
+            answers = self._hello_all(view)  # it may have been forgotten: first ask, then answer
+            clusters = {answer["cluster"] for answer in answers.values()}
+            if member is None and clusters and view.cluster not in clusters:
+                # Whom it was to join has joined others meanwhile: begin anew, and meet them.
+                self.cluster.young_until = time.monotonic() + 2 * DISCOVERY_SECONDS
+                return self._found()
         if member != self.node.own:
             return self._enter()
         self.cluster.check_membership()
@@ -3666,7 +3672,9 @@ class Membership:
         started by the same command. Members of its cluster will soon ask for the old node here
         (`Seal.misled`), and it gives itself up (`_merge`); until then it makes no bucket (`_run`).
         But if somebody joined it before, there are two clusters, and it says so (`_ask`)."""
-        view = View(secrets.token_hex(8), 1, self.replicas, (self.node.own,))
+        # No two clusters are at one epoch: by that, who was in one refuses what another says.
+        epoch = 1 + secrets.randbelow(1 << 30)
+        view = View(secrets.token_hex(8), epoch, self.replicas, (self.node.own,))
         self.registers.install([view])
         LOG.info("founded a cluster")
         self.cluster.check_membership()
@@ -3708,6 +3716,9 @@ class Membership:
                 continue
             self.cluster.joined.clear()  # nothing begins now, and what has begun is soon over:
             self.store.closing.wait(MERGE_SECONDS)  # its messages may be of the others' epoch
+            answer = self._ask(address)  # it may have given itself up meanwhile
+            if answer is None or answer["cluster"] in ("", view.cluster):
+                return self.cluster.check_membership()
             with self.registers.lock:  # a bucket may just have been made
                 gives_up = self.node.idle()
                 if gives_up:
@@ -3843,7 +3854,8 @@ class Membership:
         contacts = [contact for contact in view.everybody() if contact.node != self.node.own.node]
         answers = self.cluster.call_all("hello", {"epoch": view.epoch}, contacts)
         for answer in answers.values():
-            self.cluster.adopt(answer["views"])
+            if answer["cluster"] == view.cluster:
+                self.cluster.adopt(answer["views"])
         return answers
 
     def _refresh(self, view: View) -> None:
