@@ -2275,16 +2275,10 @@ class FileStore:
     def _sync_folder(self, folder: str) -> None:
         """With --fsync, have a rename or removal in this folder survive a loss of power."""
         while self._fsync:
-            try:
-                file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            except (FileNotFoundError, NotADirectoryError):
-                folder = os.path.dirname(folder)  # pruned meanwhile: its own removal is what counts
-                continue
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-            return
+            # Pruned meanwhile, perhaps for a file of its name: its own removal is what counts.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return sync(f"{folder}/")
+            folder = os.path.dirname(folder)
 
     # --- Housekeeping ---
 
@@ -2336,6 +2330,16 @@ class FileStore:
                 if self._side_path(bucket, key, file_status(candidate)) == path:
                     return True
         return False
+
+
+def sync(*paths: str | os.PathLike[str]) -> None:
+    """Make files' bytes, and what was renamed in folders, survive a loss of power."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def write_all(file: int, data: memoryview) -> None:

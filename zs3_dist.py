@@ -72,7 +72,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import zs3
-from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error, T
+from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error, T, sync
 
 try:
     from blake3 import blake3
@@ -1091,16 +1091,6 @@ class Blocks:
             count, size = count + 1, size + one
         with self._count_lock:
             self.count, self.total_bytes = count, size
-
-
-def sync(*paths: Path) -> None:
-    """Make files' bytes, and what was renamed in folders, survive a loss of power."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Pins:
