@@ -6361,7 +6361,7 @@ def test_a_copy_where_the_kernel_copies_nothing(
     stored(store, b"123456")
     info, content = store.open_object("bucket", "k")
     with contextlib.closing(content):
-        store.copy_object(info, content, "bucket", "copy", zs3.NO_CONDITION)
+        store.copy_object(zs3.replace(info, key="copy"), content, "bucket", zs3.NO_CONDITION)
     assert (folder / "bucket" / "copy").read_bytes() == b"123456"
 
 
@@ -6387,8 +6387,8 @@ def test_a_listing_keeps_no_parts_in_memory(folder: Path) -> None:
     info, content = store.open_object("bucket", "source")
     parts = (zs3.PartInfo(1), zs3.PartInfo(1))
     with contextlib.closing(content):
-        info = zs3.replace(info, parts=parts)
-        store.copy_object(info, content, "bucket", "k", zs3.NO_CONDITION)
+        info = zs3.replace(info, key="k", parts=parts)
+        store.copy_object(info, content, "bucket", zs3.NO_CONDITION)
     assert store.stat_object("bucket", "k").parts == parts
     assert [found.parts for found in store.scan("bucket", "", "", "")] == [(), ()]
 
@@ -6407,7 +6407,7 @@ def test_a_source_that_is_edited_meanwhile_is_no_copy(
     info, content = store.open_object("bucket", "k")
     (folder / "bucket" / "k").write_bytes(edited)  # in place
     with contextlib.closing(content), raises("SlowDown"):
-        store.copy_object(info, content, "bucket", "copy", zs3.NO_CONDITION)
+        store.copy_object(zs3.replace(info, key="copy"), content, "bucket", zs3.NO_CONDITION)
     assert [each.key for each in store.scan("bucket", "", "", "")] == ["k"]
     assert os.listdir(folder / ".tmp") == []
 
@@ -8504,11 +8504,11 @@ def test_a_put_through_a_node_that_was_forgotten_meanwhile_is_not_acknowledged(
         if what == "put":
             store.put_object("bucket", "k", body, {}, always)
         elif what == "copy":
-            store.copy_object(info, content, "bucket", "k", always)
+            store.copy_object(info, content, "bucket", always)
         else:
-            store.concatenate("bucket", "k", [part], info, always)
+            store.concatenate("bucket", [part], info, always)
     assert one.joined.is_set() and get(other) == ""
-    store.copy_object(info, content, "bucket", "k", always)
+    store.copy_object(info, content, "bucket", always)
     assert get(other) == info.etag
 
 
@@ -10339,7 +10339,7 @@ def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(
 
     monkeypatch.setattr(store, "_join", late)
     with raises("InvalidPart"):
-        store.concatenate("bucket", "k", [part], info, zs3.NO_CONDITION)
+        store.concatenate("bucket", [part], info, zs3.NO_CONDITION)
     found = [each.size for each in store.scan("bucket", "", "", "")]
     assert found == ([] if deleted else [4])
 

@@ -1506,10 +1506,10 @@ class Store(Protocol):
         """The caller closes the content. NoSuchBucket, NoSuchKey."""
 
     def copy_object(
-        self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
+        self, info: ObjectInfo, content: Content, bucket: str, condition: Condition
     ) -> ObjectInfo:
-        """Store `content`, which open_object gave, under another key, described by `info` but for
-        key and modified. NoSuchBucket, what Condition.check raises."""
+        """Store `content`, which open_object gave, as the object `info`, but for its `modified`.
+        NoSuchBucket, what Condition.check raises."""
 
     def delete_object(self, bucket: str, key: str, condition: Condition) -> None:
         """Deleting what is not there succeeds. NoSuchBucket, what Condition.check raises."""
@@ -1521,10 +1521,9 @@ class Store(Protocol):
         NoSuchBucket."""
 
     def concatenate(
-        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
-        condition: Condition,
+        self, bucket: str, parts: Sequence[ObjectInfo], info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
-        """Store the objects `parts` of UPLOADS, one after the other, described as in copy_object.
+        """Store the objects `parts` of UPLOADS, one after the other, as in copy_object.
         InvalidPart when one has another ETag, NoSuchBucket, what Condition.check raises."""
 
     def hold(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
@@ -2077,19 +2076,18 @@ class FileStore:
             return self._publish(file, temp, bucket, info, condition)
 
     def copy_object(
-        self, info: ObjectInfo, content: Content, bucket: str, key: str, condition: Condition
+        self, info: ObjectInfo, content: Content, bucket: str, condition: Condition
     ) -> ObjectInfo:
         assert isinstance(content, FileContent)
-        with self._temporary(bucket, key, condition) as (file, temp):
+        with self._temporary(bucket, info.key, condition) as (file, temp):
             self._append(file, content, info.size)
-            return self._publish(file, temp, bucket, replace(info, key=key), condition)
+            return self._publish(file, temp, bucket, info, condition)
 
     def concatenate(
-        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
-        condition: Condition,
+        self, bucket: str, parts: Sequence[ObjectInfo], info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
         """The parts stay until the caller deletes them: a crash on the way loses nothing."""
-        with self._temporary(bucket, key, condition) as (file, temp):
+        with self._temporary(bucket, info.key, condition) as (file, temp):
             for part in parts:
                 try:
                     current, content = self.open_object(UPLOADS, part.key)
@@ -2099,7 +2097,7 @@ class FileStore:
                     if current.etag != part.etag:
                         raise S3Error("InvalidPart")
                     self._append(file, content, part.size)
-            return self._publish(file, temp, bucket, replace(info, key=key), condition)
+            return self._publish(file, temp, bucket, info, condition)
 
     @contextlib.contextmanager
     def hold(self, bucket: str, key: str) -> Iterator[None]:
@@ -3116,7 +3114,7 @@ def open_copy_source(store: Store, request: Request) -> Iterator[tuple[ObjectInf
 def copied_info(request: Request, info: ObjectInfo) -> ObjectInfo:
     """What the copy of `info` shall be: x-amz-metadata-directive decides whose headers it has."""
     # Without an upload, lest its Complete, repeated, succeed at the copy's key.
-    info = replace(info, headers=kept_headers(info), upload_id="")
+    info = replace(info, key=request.key, headers=kept_headers(info), upload_id="")
     directive = request.header("x-amz-metadata-directive") or "COPY"
     if directive not in ("COPY", "REPLACE"):
         raise S3Error("InvalidArgument", "x-amz-metadata-directive must be COPY or REPLACE.")
@@ -3144,7 +3142,7 @@ def copy_object(store: Store, request: Request) -> Response:
             body.wanted |= lacking
             info = store.put_object(request.bucket, request.key, body, wanted.headers, condition)
         else:
-            info = store.copy_object(wanted, content, request.bucket, request.key, condition)
+            info = store.copy_object(wanted, content, request.bucket, condition)
     return copy_result("CopyObjectResult", info)
 
 
@@ -3274,7 +3272,7 @@ def complete_multipart_upload(store: Store, request: Request) -> Response:
             parts = match_parts(store, upload, listed, request.settings.min_part_bytes)
             info, condition = finished_info(upload, parts), write_condition(request)
             check_whole_object(request, info)
-            info = store.concatenate(request.bucket, request.key, parts, info, condition)
+            info = store.concatenate(request.bucket, parts, info, condition)
             # By this part others see that it was done, however long it takes to discard the rest.
             store.delete_object(UPLOADS, parts[0].key, NO_CONDITION)
         except S3Error as error:

@@ -2937,7 +2937,7 @@ class DistributedStore:
             stored = self._store_body(body, pin)
             kind = "FULL_OBJECT" if body.checksums else ""
             info = ObjectInfo(key, body.length, body.md5, 0.0, headers, body.checksums, kind)
-            return self._commit(bucket, key, info, stored, condition, pin)
+            return self._commit(bucket, info, stored, condition, pin)
 
     def _check(self, bucket: str, key: str, condition: Condition) -> None:
         """NoSuchBucket, or what the condition raises now: who lost a race learns it so, without
@@ -2990,8 +2990,8 @@ class DistributedStore:
         return {"blocks": [[size, "".join(hashes)]]} if hashes else {"inline": ""}
 
     def _commit(
-        self, bucket: str, key: str, info: ObjectInfo, stored: Value, condition: Condition,
-        pin: Pin, proviso: Proviso | None = None,
+        self, bucket: str, info: ObjectInfo, stored: Value, condition: Condition, pin: Pin,
+        proviso: Proviso | None = None,
     ) -> ObjectInfo:
         """Make the record of bytes that are stored the key's. While this node was no member, nobody
         asked for its pins: then some of the bytes may be gone."""
@@ -3002,23 +3002,23 @@ class DistributedStore:
             value["parts"] = parts
 
         def decide(current: Value | None) -> Value | None:
-            condition.check(info_of(key, current) if current else None)
+            condition.check(info_of(info.key, current) if current else None)
             if not self.node.registers.member_since(pin.epoch):
                 raise S3Error("SlowDown", "This node was forgotten meanwhile. Send it again.")
             return value
 
-        written = self._run(self.rounds.change(bucket, key, decide, proviso=proviso))
-        return info_of(key, cast(Value, written))
+        written = self._run(self.rounds.change(bucket, info.key, decide, proviso=proviso))
+        return info_of(info.key, cast(Value, written))
 
     def copy_object(
-        self, info: ObjectInfo, content: zs3.Content, bucket: str, key: str, condition: Condition
+        self, info: ObjectInfo, content: zs3.Content, bucket: str, condition: Condition
     ) -> ObjectInfo:
         """Moves no bytes."""
         assert isinstance(content, StoredContent)
         stored = {name: one for name, one in content.value.items() if name in ("blocks", "inline")}
         with self._pinned() as pin:
             self._keep(blocks_of(content.value), pin)
-            return self._commit(bucket, key, info, stored, condition, pin)
+            return self._commit(bucket, info, stored, condition, pin)
 
     def _keep(self, blocks: Sequence[str], pin: Pin) -> None:
         """Have blocks where they should be, even if their last record went meanwhile; pin them."""
@@ -3075,11 +3075,10 @@ class DistributedStore:
         return [*answers.values(), {"entries": read, "more": False}]
 
     def concatenate(
-        self, bucket: str, key: str, parts: Sequence[ObjectInfo], info: ObjectInfo,
-        condition: Condition,
+        self, bucket: str, parts: Sequence[ObjectInfo], info: ObjectInfo, condition: Condition
     ) -> ObjectInfo:
         """Moves no bytes, but those of parts so small that they are inline."""
-        self._check(bucket, key, condition)
+        self._check(bucket, info.key, condition)
 
         def proviso() -> Steps[S3Error | None]:
             # Without its first part the upload was completed or aborted meanwhile, and answered.
@@ -3088,7 +3087,7 @@ class DistributedStore:
 
         with self._pinned() as pin:
             stored = self._join(parts, pin)
-            return self._commit(bucket, key, info, stored, condition, pin, proviso)
+            return self._commit(bucket, info, stored, condition, pin, proviso)
 
     def hold(self, bucket: str, key: str) -> contextlib.AbstractContextManager[None]:
         """Nothing: the proviso of concatenate decides, but for an Abort beside it."""
