@@ -3563,16 +3563,14 @@ class Membership:
 
     def _reach(self) -> bool:
         """Did this process ever answer at its own address, where the others will ask it?"""
-        if self.reached:
-            return True
-        answer = self._ask(self.node.own.address, MAX_COUNTER)
-        self.reached = answer is not None and answer["instance"] == self.node.instance
-        self.cluster.displaced = answer is not None and not self.reached
-        if self.reached:
-            return True
-        what = "it is another" if answer else "no answer"
-        self._tell(self.node.own.address, f"should be this one (see --advertise): {what}")
-        return False
+        if not self.reached:
+            answer = self._ask(self.node.own.address, MAX_COUNTER)
+            self.reached = answer is not None and answer["instance"] == self.node.instance
+            self.cluster.displaced = answer is not None and not self.reached
+            if not self.reached:
+                what = "it is another" if answer else "no answer"
+                self._tell(self.node.own.address, f"should be this one (see --advertise): {what}")
+        return self.reached
 
     def _tell(self, address: str, what: str) -> None:
         """Tell the operator, once, why a node and this one cannot be in one cluster."""
