@@ -3849,11 +3849,10 @@ class Connection(BaseRequestHandler):
             and not self.server.stopping
         )
         try:
-            try:
-                length = self._send(request, response, keep)
-            except S3Error as error:  # no byte of the object could be had
-                response = error_response(request, error)
-                length = self._send(request, response, keep)
+            length = self._send(request, response, keep)
+        except S3Error as error:  # no byte of the object could be had
+            response = error_response(request, error)
+            length = self._send(request, response, keep)
         finally:
             if content is not None:
                 content.close()
