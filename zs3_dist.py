@@ -53,7 +53,6 @@ import hashlib
 import hmac
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -72,7 +71,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import zs3
-from zs3 import UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error, T, sync
+from zs3 import LOG, UPLOADS, BucketInfo, Condition, ObjectInfo, S3Error, T, sync
 
 try:
     from blake3 import blake3
@@ -129,8 +128,6 @@ CLOSING_SECONDS = 1.0  # a deletion of a bucket that takes longer may be undone 
 SCRUB_ROUNDS = 40  # gossip intervals between two readings of all blocks
 DISCOVERY_GROUP = ("239.255.90.83", 9083)  # UDP multicast, site-local (RFC 2365)
 DISCOVERY_SECONDS = 2.0  # between announcements; also how long a fresh node listens before founding
-
-LOG = logging.getLogger("zs3")
 
 # ===== 2 Ids and routing table =====
 
