@@ -1827,7 +1827,7 @@ class FileStore:
     def stat_bucket(self, bucket: str) -> BucketInfo:
         """A bucket made by hand was created when it was last changed."""
         self._require_bucket(bucket)
-        for path in (self._created_path(bucket), self._bucket_path(bucket)):
+        for path in (self._created_path(bucket), f"{self._root}/{bucket}"):
             with contextlib.suppress(FileNotFoundError):  # made by hand
                 return BucketInfo(bucket, os.stat(path).st_mtime)
         raise S3Error("NoSuchBucket", BucketName=bucket)
@@ -1836,7 +1836,7 @@ class FileStore:
         make_own_folders(self._root)  # somebody may have removed everything, to begin anew
         with self._lock(bucket):
             try:
-                os.mkdir(self._bucket_path(bucket))
+                os.mkdir(f"{self._root}/{bucket}")
             except FileExistsError:
                 self._require_bucket(bucket)  # it might be a file
                 return
@@ -1854,7 +1854,7 @@ class FileStore:
             self._require_bucket(bucket)
             try:  # the bucket's folder last: while it is there, so may be objects
                 remove_empty_folders(f"{self._root}/.keys/{bucket}")
-                remove_empty_folders(self._bucket_path(bucket))
+                remove_empty_folders(f"{self._root}/{bucket}")
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
@@ -1865,14 +1865,11 @@ class FileStore:
                 remove_empty_folders(f"{self._root}/.meta/{bucket}")
             self._sync_folder(self._root)
 
-    def _bucket_path(self, bucket: str) -> str:
-        return f"{self._root}/{bucket}"
-
     def _created_path(self, bucket: str) -> str:
         return f"{self._root}/.meta/{bucket}/created"
 
     def _require_bucket(self, bucket: str) -> None:
-        if not os.path.isdir(self._bucket_path(bucket)):
+        if not os.path.isdir(f"{self._root}/{bucket}"):
             raise S3Error("NoSuchBucket", BucketName=bucket)
 
     # --- Paths ---
@@ -2032,9 +2029,8 @@ class FileStore:
         found = ((key, path) for key, name, path in keys if spell(key) == name)
         literal = Walk(self._directories, prefix, start, delimiter == "/", MAX_KEY_BYTES)
         # Of two with one key the literal comes first, which hides the other.
-        both = heapq.merge(
-            literal.below(self._bucket_path(bucket) + "/"), found, key=lambda each: each[0]
-        )
+        entries = literal.below(f"{self._root}/{bucket}/")
+        both = heapq.merge(entries, found, key=lambda each: each[0])
         last = ""
         for key, path in both:
             if key == last or key < literal.start:
@@ -2131,7 +2127,7 @@ class FileStore:
         self._remove_side(bucket, key, status)
         folder = os.path.dirname(path)
         self._sync_folder(folder)
-        top = {self._bucket_path(bucket), f"{self._root}/.keys"}
+        top = {f"{self._root}/{bucket}", f"{self._root}/.keys"}
         while folder not in top:
             try:
                 os.rmdir(folder)
