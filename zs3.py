@@ -2808,8 +2808,7 @@ class ListQuery:
 
     def page(self, store: Store, marker: str, token: str | None = None) -> Page:
         """The page of objects from a token, if there is one, or after a marker. NoSuchBucket."""
-        start = start_after(marker, self.prefix, self.delimiter)
-        start = start if token is None else decode_token(token)
+        start = decode_token(token) if token else start_after(marker, self.prefix, self.delimiter)
         store.stat_bucket(self.bucket)
         scan = functools.partial(store.scan, self.bucket, self.prefix, delimiter=self.delimiter)
         return list_page(scan, self.prefix, self.delimiter, start, self.limit)
