@@ -4422,7 +4422,7 @@ def sweep_uploads(store: Store, expiry: float) -> None:
         time.sleep(min(SWEEP_SECONDS, max(expiry / 2, 1.0)))
 
 
-def serve(args: argparse.Namespace, listener: socket.socket) -> int:
+def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, and finish what is under way."""
     store = open_store(args)
     settings = Settings(
@@ -4438,7 +4438,6 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> int:
     server.serve_forever()
     server.finish()
     store.close()
-    return 0
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4486,7 +4485,7 @@ def start_worker(args: argparse.Namespace, listener: socket.socket) -> int | Non
     return pid
 
 
-def serve_workers(args: argparse.Namespace, listener: socket.socket) -> int:
+def serve_workers(args: argparse.Namespace, listener: socket.socket) -> None:
     """--workers: processes that accept from one socket and share the data folder. One that dies is
     replaced; SIGTERM and SIGINT end all, and on Linux so does kill -9 of their parent."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may have ignored it
@@ -4516,7 +4515,6 @@ def serve_workers(args: argparse.Namespace, listener: socket.socket) -> int:
                 continue
             LOG.error("worker %d ended with status %d", pid, status)
         time.sleep(RESPAWN_SECONDS)
-    return 0
 
 
 def prepare_folder(args: argparse.Namespace) -> None:
@@ -4584,7 +4582,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_banner(args)
     run = serve_workers if args.workers > 1 else serve
     with listener:
-        return run(args, listener)
+        run(args, listener)
+    return 0
 
 
 if __name__ == "__main__":
