@@ -3726,14 +3726,9 @@ class Membership:
     def _decide(self, view: View, after: View) -> None:
         """Decide the view that follows `view`: `after`, or what somebody else decided already."""
         value = {"id": secrets.token_hex(8), "view": after.as_json()}
-
-        def voters(now: View) -> Groups:
-            if now.epoch != view.epoch:
-                raise StaleView
-            return self._voters(now, after)
-
         steps = self.cluster.rounds.change(
-            VIEWS, f"{view.epoch + 1:08x}", lambda current: None if current else value, voters
+            VIEWS, f"{after.epoch:08x}", lambda current: None if current else value,
+            functools.partial(self._voters, after),
         )
         decided = cast(Value, self.cluster.run(steps))["view"]
         self.cluster.adopt([decided])
@@ -3741,9 +3736,12 @@ class Membership:
         views = self.registers.views_after(view.epoch - 10)
         self.cluster.tell("views", {"views": views}, sorted(everybody))
 
-    def _voters(self, now: View, after: View) -> Groups:
+    def _voters(self, after: View, now: View) -> Groups:
         """All members; but the last of two may go on without the other when its operator orders it
-        to forget that one (`--forget`): what was acknowledged, both had accepted."""
+        to forget that one (`--forget`): what was acknowledged, both had accepted. StaleView once
+        the view is another than the one that `after` was to follow."""
+        if after.epoch != now.epoch + 1:
+            raise StaleView
         alone = self._left_alone(now.members) and self._is_complete(now)
         if alone and after.members == (self.node.own,):
             return ((self.node.own,),)
