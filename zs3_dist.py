@@ -2993,10 +2993,9 @@ class DistributedStore:
         """Make the record of bytes that are stored the key's. While this node was no member, nobody
         asked for its pins: then some of the bytes may be gone."""
         record = {**info.record(), "modified": time.time()}
-        parts = record.pop("parts", None)
         value = {"id": secrets.token_hex(8), "info": record, **stored}
-        if parts:
-            value["parts"] = parts
+        if "parts" in record:
+            value["parts"] = record.pop("parts")
 
         def decide(current: Value | None) -> Value | None:
             condition.check(info_of(info.key, current) if current else None)
