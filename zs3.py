@@ -3968,10 +3968,8 @@ class Server(ThreadingHTTPServer):
             if not self._has_spare():
                 raise OSError(errno.EAGAIN, "no thread is to be had")
             self._pass_on()
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
         while not self.stopping:
-            if poller.poll(poll_interval * 1000):
+            if has_come([self], poll_interval):
                 self._accept()
             self.service_actions()
 
