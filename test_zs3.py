@@ -8402,6 +8402,13 @@ def burial_at_once() -> Iterator[None]:
         yield
 
 
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what is flushed from now on."""
+    paths: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: paths.append(os.readlink(f"/proc/self/fd/{fd}")))
+    return paths
+
+
 def owners(size: int) -> tuple[Net, list[SimCluster]]:
     """Nodes that all own "bucket", which is there; nothing gets lost but what a test loses."""
     run = Run(1, size, loss=0.0)
@@ -8805,10 +8812,82 @@ def test_an_object_can_be_written_after_a_deletion_of_its_bucket_died() -> None:
     assert record is not None and record["bucket"]["state"] == "open"
 
 
-def owners_by_distance(writer: int) -> tuple[Net, int, list[SimCluster]]:
+def test_an_owner_without_the_mark_does_not_say_that_the_bucket_is_empty() -> None:
+    """It may still accept an object, after it was asked."""
+    net, (one, _, third) = owners(3)
+    without(net, third, lambda: mark_for_deletion(one))
+    page = {"prefix": "", "start": "", "delimiter": "/", "whole": False, "mark": "9" * 16}
+    assert say(net, one, "page", **page) == {"entries": [], "more": False}
+    assert say(net, third, "page", **page) == {"unmarked": True}
+
+
+def test_a_bucket_that_is_not_empty_is_open_again_at_once() -> None:
+    _, (one, *_) = owners(3)
+    put(one, OLD)
+    with raises("BucketNotEmpty"):
+        DistributedStore(one).delete_bucket("bucket")
+    assert zs3_dist.is_open(one.run(one.rounds.bucket("bucket")))
+
+
+def test_only_the_mark_that_was_met_is_taken_back() -> None:
+    """Another deletion may have begun meanwhile, and found the bucket empty."""
+    _, (one, *_) = owners(3)
+    mark_for_deletion(one)
+    for mark, is_open in (("8" * 16, False), ("9" * 16, True)):
+        one.run(one.rounds.reopen("bucket", mark))
+        assert zs3_dist.is_open(one.run(one.rounds.bucket("bucket"))) == is_open
+
+
+def test_no_block_is_garbage_before_every_node_has_said_so() -> None:
+    net, (one, _, third) = owners(3)
+    keep, block = housekeeping(one)[0], "0" * 64
+    assert keep._unused([block]) == {block}
+    net.down = {third.own.node}
+    assert keep._unused([block]) == set()
+    net.down = set()
+    one.adopt([one.known_view().with_members(one.known_view().members).as_json()])
+    assert keep._unused([block]) == set()  # the others do not know this view yet
+
+
+def test_the_tombstone_of_a_bucket_stays_while_something_is_left_in_it() -> None:
+    """Puts whose outcome nobody knew: they would be in the next bucket of that name."""
+    _, (one,) = owners(1)
+    put(one, OLD)
+    erase(one, "")
+    registers = one.node.registers
+    assert not registers.bury("bucket", "", registers.slot("bucket", "").accepted)
+    housekeeping(one, -1.0)[0].bury()
+    assert registers.live_keys("bucket") == []
+    assert registers.slot("bucket", "").accepted == ""
+
+
+def test_nothing_is_cleared_out_of_a_bucket_that_was_made_anew() -> None:
+    _, (one, *_) = owners(3)
+    put(one, OLD)
+    before = one.node.registers.slot("bucket", "k")
+    housekeeping(one)[0]._clear_out("bucket")
+    assert one.node.registers.slot("bucket", "k") == before
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_nothing_is_taken_over_in_another_view_than_it_was_told_in(epoch: int) -> None:
+    """This node may own the bucket no more, and it would keep what it took."""
+    _, (one, *_) = owners(3)
+    with pytest.raises(zs3_dist.StaleView):
+        one.node.registers.offer(epoch, "bucket", "k", BALLOT, True, {**value_of(OLD), "base": ""})
+
+
+def test_a_ballot_of_another_view_than_its_message_makes_no_sense() -> None:
+    """A straggler could outrank what a later view decided."""
+    net, (one, *_) = owners(3)
+    with pytest.raises(ValueError, match="bad ballot"):
+        say(net, one, "prepare", key="k", ballot=f"{2:08x}{1:012x}{'0' * 16}")
+
+
+def owners_by_distance(writer: int, size: int = 3) -> tuple[Net, int, list[SimCluster]]:
     """The owners of "bucket", nearest to its point first, and that point; the owner of that place
-    made the bucket and wrote the object."""
-    net = Net(5, 3)
+    made the bucket and wrote the object. Of more than three nodes, the last ones own nothing."""
+    net = Net(5, size)
     target = zs3_dist.target_of(b"bucket")
     nodes = sorted(net.clusters.values(), key=lambda each: each.own.node ^ target)
     record = {"id": "b" * 16, "bucket": {"created": 0.0, "state": "open"}}
@@ -8873,6 +8952,25 @@ def test_a_new_owner_takes_a_tombstone_below_the_floor_that_it_took_before(
     net.down = {one.own.node}
     housekeeping(late)[1]._hello_all(late.known_view())
     assert get(new) == get(late) == ""
+
+
+def test_a_new_owner_takes_over_what_others_promised_for_tombstones_they_dropped() -> None:
+    net, target, nodes = owners_by_distance(writer=0)
+    _, accepted, _, value = nodes[0].node.registers.slot("bucket", "k")
+    delete_for_good(net, nodes)
+    new = joining(net, nodes[0], target ^ 1)
+    housekeeping(new)[0].pull()
+    assert not new.node.registers.offer(2, "bucket", "k", accepted, True, value)
+
+
+def test_a_node_that_becomes_an_owner_looks_at_all_again() -> None:
+    """What it has seen up to, it saw when others' buckets were left out."""
+    _, _, (first, _, gone, next_one) = owners_by_distance(writer=0, size=4)
+    housekeeping(next_one)[0].pull()
+    assert next_one.node.registers.meta(f"pulled {first.own.node:040x}")
+    housekeeping(first)[1].forget(gone.own.node)
+    housekeeping(next_one)[0].pull()
+    assert text_of(next_one.node.registers.slot("bucket", "k").value) == OLD
 
 
 def joining(net: Net, at: SimCluster, node: int | None = None) -> SimCluster:
@@ -8981,6 +9079,18 @@ def test_a_copy_that_says_that_it_is_where_its_original_is_stays_out(
             one.adopt([third.known_view().with_members(third.known_view().members).as_json()])
         # Where nobody answers, it may be that it cannot reach itself: what it was, it is.
         assert one.joined.is_set() == (answering is not other)
+
+
+def test_a_new_identity_is_flushed_and_begins_without_the_registers_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".index").mkdir()
+    for name in ("registers.db", "registers.db-wal"):
+        (tmp_path / ".index" / name).write_bytes(b"")
+    flushed = flushes(monkeypatch)
+    zs3_dist.node_id(tmp_path)
+    assert flushed == [str(tmp_path / ".node_id.new")]
+    assert list((tmp_path / ".index").iterdir()) == []
 
 
 @pytest.mark.parametrize("left", ["all", "nothing", "no table", "no view"])
@@ -10017,6 +10127,149 @@ def test_without_a_grace_a_block_that_nobody_needs_is_removed_at_the_second_look
         assert lonely.node.blocks.has(block) == left
 
 
+@pytest.mark.parametrize("have_it", [{1, 2}, {1, 2, 3}])
+def test_an_extra_copy_stays_until_all_who_should_have_the_block_have_it(
+    have_it: set[int], lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, block = lonely.node.blocks, zs3_dist.block_hash(b"x")
+    blocks.put(block, b"x")
+    others = [Contact(number, f"sim:{number}") for number in (1, 2, 3)]
+    monkeypatch.setattr(lonely.cluster, "have", lambda *_, touch: ({block: have_it}, {1, 2, 3}))
+    monkeypatch.setattr(lonely.cluster, "holders", lambda block: [*others, lonely.own])
+    Housekeeping(lonely.store, 600.0, 0.0)._replicate([block])
+    assert blocks.has(block) == (len(have_it) < 3)
+
+
+@pytest.mark.parametrize(("replicas", "members", "least"), [(3, 3, 2), (3, 1, 1), (1, 3, 1)])
+def test_a_copy_takes_over_no_block_that_too_few_nodes_have(
+    replicas: int, members: int, least: int, lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, where there are two, as for a block that is written."""
+    contacts = (lonely.own, Contact(2 << 80, "127.0.0.1:2"), Contact(3 << 80, "127.0.0.1:3"))
+    lonely.node.registers.install([View("0" * 16, 2, replicas, contacts[:members])])
+    names = [f"{count:064x}" for count in range(3)]  # which so many nodes have
+    there = {name: set(range(count)) for count, name in enumerate(names)}
+    monkeypatch.setattr(lonely.cluster, "have", lambda *_, touch: (there, set()))
+    assert lonely.cluster.touch(names) == names[:least]
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_a_block_that_was_fetched_stays_here_if_it_should_be_here(
+    is_near: bool, lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, others = zs3_dist.block_hash(b"x"), [Contact(node, f"sim:{node}") for node in (1, 2, 3)]
+    order = [lonely.own, *others] if is_near else [*others, lonely.own]
+    monkeypatch.setattr(lonely.cluster, "holders", lambda block: order)
+    monkeypatch.setattr(lonely.cluster, "_fetch_from", lambda *_: b"x")
+    assert lonely.cluster.fetch(block) == b"x"
+    assert lonely.node.blocks.has(block) == is_near
+
+
+def test_the_blocks_of_an_object_are_in_use_while_it_is_sent(lonely: Lonely) -> None:
+    store, data = lonely.store, b"x" * 5000
+    store.create_bucket("bucket")
+    store.put_object("bucket", "k", body_of(data), {}, zs3.NO_CONDITION)
+    assert lonely.node.pins.list() == []
+    _, content = store.open_object("bucket", "k")
+    assert lonely.node.pins.list() == [zs3_dist.block_hash(data)]
+    content.close()
+    assert lonely.node.pins.list() == []
+
+
+def test_the_block_of_a_small_part_is_in_use_before_it_is_stored(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, info = part_of_an_upload(lonely.store)
+    pins, put_block, seen = lonely.node.pins, lonely.node.blocks.put, []
+
+    def put(block: str, data: bytes) -> None:
+        seen.append((block, pins.list()))
+        put_block(block, data)
+
+    monkeypatch.setattr(lonely.node.blocks, "put", put)
+    lonely.store.concatenate("bucket", [part], info, zs3.NO_CONDITION)
+    block = zs3_dist.block_hash(b"old")
+    assert seen == [(block, [block])] and pins.list() == []
+
+
+def test_complete_with_a_part_that_was_replaced_meanwhile_is_InvalidPart(lonely: Lonely) -> None:
+    part, info = part_of_an_upload(lonely.store)
+    lonely.store.put_object(zs3.UPLOADS, part.key, body_of(b"new"), {}, zs3.NO_CONDITION)
+    with raises("InvalidPart"):
+        lonely.store.concatenate("bucket", [part], info, zs3.NO_CONDITION)
+
+
+def test_an_object_of_too_many_blocks_is_EntityTooLarge(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(zs3_dist, "MAX_OBJECT_BLOCKS", 1)
+    store = lonely.store
+    part, info = part_of_an_upload(store)
+    other = part.key[:-1] + "2"
+    parts = [
+        store.put_object(zs3.UPLOADS, key, body_of(b"x" * 5000), {}, zs3.NO_CONDITION)
+        for key in (part.key, other)
+    ]
+    with raises("EntityTooLarge"):
+        store.put_object("bucket", "k", body_of(b"x" * 5001), {}, zs3.NO_CONDITION)
+    with raises("EntityTooLarge"):
+        store.concatenate("bucket", parts, info, zs3.NO_CONDITION)
+    store.concatenate("bucket", parts[:1], info, zs3.NO_CONDITION)
+
+
+def test_a_node_that_begins_anew_needs_no_block_and_has_pulled_nothing(lonely: Lonely) -> None:
+    registers, data = lonely.node.registers, b"x" * 5000
+    lonely.store.create_bucket("bucket")
+    lonely.store.put_object("bucket", "k", body_of(data), {}, zs3.NO_CONDITION)
+    registers.set_synced(1)
+    assert registers.used(zs3_dist.block_hash(data))
+    registers.install([View("1" * 16, 5, 3, (lonely.own,))])
+    assert not registers.used(zs3_dist.block_hash(data))
+    assert registers.synced == 0
+
+
+def test_who_is_known_to_have_what_was_pulled_is_forgotten_with_the_joint_view(
+    lonely: Lonely,
+) -> None:
+    """In the next one they may have begun anew."""
+    registers = lonely.node.registers
+    assert registers.doubt("bucket", "k", BALLOT, 1) == {1}
+    assert registers.doubt("bucket", "k", BALLOT, 2) == {1, 2}
+    registers.set_synced(1)
+    assert registers.doubt("bucket", "k", BALLOT, 2) == {2}
+
+
+def test_a_page_of_keys_ends_when_it_is_large(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in "ab":
+        value = {**value_of(OLD), "base": ""}
+        lonely.node.registers.accept(zs3.UPLOADS, key, BALLOT, value, False, None)
+    page = lonely.node.registers.page(zs3.UPLOADS, "", "", "", False)
+    assert len(page["entries"]) == 2 and not page["more"]
+    monkeypatch.setattr(zs3_dist, "PAGE_BYTES", 1)
+    page = lonely.node.registers.page(zs3.UPLOADS, "", "", "", False)
+    assert len(page["entries"]) == 1 and page["more"]
+
+
+def test_the_records_of_made_up_buckets_are_forgotten(
+    lonely: Lonely, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zs3_dist, "MAX_KNOWN_BUCKETS", 2)
+    for name in ("one", "two", "three"):
+        lonely.node.registers.basis(name, "k")
+    assert set(lonely.node.registers._bases) == {"three"}
+
+
+def test_gossip_closes_the_connections_to_who_is_no_member(lonely: Lonely) -> None:
+    with fake_peers(1) as (fakes, _):
+        link = zs3_dist.Link(fakes[0].contact.address)
+        lonely.peers.give(fakes[0].contact.address, link)
+        zs3_dist.Membership(lonely.store, [], 3).gossip()
+        assert link.socket.fileno() < 0
+
+
 @pytest.mark.parametrize("met", [True, False])
 def test_an_extra_copy_that_a_put_met_while_the_others_were_asked_stays(
     met: bool, lonely: Lonely, monkeypatch: pytest.MonkeyPatch
@@ -10234,6 +10487,22 @@ def test_a_peer_that_hangs_costs_a_bounded_number_of_connections() -> None:
         assert closed == [True, True] + [False] * zs3_dist.IDLE_LINKS
 
 
+def test_only_so_many_connections_to_one_peer_are_kept() -> None:
+    with fake_peers(1) as (fakes, peers):
+        links = [zs3_dist.Link(fakes[0].contact.address) for _ in range(zs3_dist.IDLE_LINKS + 1)]
+        for link in links:
+            peers.give(fakes[0].contact.address, link)
+        closed = [link.socket.fileno() < 0 for link in links]
+        assert closed == [False] * zs3_dist.IDLE_LINKS + [True]
+
+
+def test_an_answer_longer_than_any_message_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_peers(1) as (fakes, peers):
+        monkeypatch.setattr(zs3_dist, "MESSAGE_BYTES", -65536)  # with the head, nothing is left
+        answers = peers.ask(questions(fakes), lambda raw: len(raw) == 1, 1, 10.0)
+        assert answers[0].status == 0
+
+
 @pytest.mark.parametrize("had_time", [True, False])
 def test_a_block_that_is_not_sent_when_another_has_it_is_held_against_who_had_time(
     had_time: bool,
@@ -10433,6 +10702,21 @@ def test_a_thousand_fake_pings_change_no_routing_table(lonely: Lonely) -> None:
             == 403
         )
     assert lonely.node.table.contacts() == []
+
+
+def test_two_members_of_one_id_are_refused() -> None:
+    first, second = (["1" * 40, address] for address in ("a:1", "b:1"))
+    assert len(zs3_dist.members_field([first, ["2" * 40, "b:1"]])) == 2
+    with pytest.raises(ValueError, match="bad members"):
+        zs3_dist.members_field([first, second])
+
+
+def test_a_body_in_a_record_is_small() -> None:
+    for size in (0, zs3_dist.INLINE_BYTES):
+        zs3_dist.value_field({**TOMBSTONE, "inline": base64.b64encode(bytes(size)).decode()})
+    with pytest.raises(ValueError, match="bad inline"):
+        large = base64.b64encode(bytes(zs3_dist.INLINE_BYTES + 1)).decode()
+        zs3_dist.value_field({**TOMBSTONE, "inline": large})
 
 
 def test_a_message_with_another_body_than_was_sealed_changes_nothing(lonely: Lonely) -> None:
@@ -10699,13 +10983,68 @@ def test_a_block_that_was_healed_while_it_was_found_bad_stays(
     assert blocks.get(name) == good and (blocks.count, blocks.total_bytes) == (1, 1000)
 
 
+def test_with_fsync_a_block_is_flushed_and_then_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, flushed = zs3_dist.block_hash(b"x"), flushes(monkeypatch)
+    zs3_dist.Blocks(tmp_path).put(zs3_dist.block_hash(b"y"), b"y")
+    assert flushed == []
+    blocks = zs3_dist.Blocks(tmp_path, fsync=True)
+    blocks.put(block, b"x")
+    temporary, *folders = flushed
+    assert re.fullmatch(rf"{tmp_path}/{block}\.[0-9a-f]+\.tmp", temporary)
+    assert folders == [str(blocks.path(block).parent), str(tmp_path)]
+
+
+@pytest.mark.parametrize(("fsync", "level"), [(False, 0), (True, 2)])  # OFF and FULL
+def test_with_fsync_the_registers_survive_a_loss_of_power(
+    tmp_path: Path, fsync: bool, level: int
+) -> None:
+    registers = Registers(1, str(tmp_path / "registers.db"), fsync)
+    assert registers._one("PRAGMA synchronous") == level
+    registers.close()
+
+
+def test_what_a_write_that_was_cut_off_left_is_removed_at_the_start(tmp_path: Path) -> None:
+    left = tmp_path / f"{'0' * 64}.12345678.tmp"
+    left.write_bytes(b"x")
+    zs3_dist.Blocks(tmp_path)
+    assert not left.exists()
+
+
+def test_a_block_for_which_there_is_no_room_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    blocks = zs3_dist.Blocks(tmp_path)
+    monkeypatch.setattr(zs3, "write_all", full)
+    with pytest.raises(OSError, match="full"):
+        blocks.put(zs3_dist.block_hash(b"x"), b"x")
+    assert list(tmp_path.iterdir()) == [blocks.bad] and blocks.count == 0
+
+
+def test_a_block_that_cannot_be_opened_now_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    blocks, block = zs3_dist.Blocks(tmp_path), zs3_dist.block_hash(b"x")
+    blocks.put(block, b"x")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert blocks.get(block) is None and blocks.has(block)
+    monkeypatch.undo()
+    assert blocks.get(block) == b"x"
+
+
 def test_a_block_that_is_there_is_flushed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = zs3_dist.block_hash(b"x")
     zs3_dist.Blocks(tmp_path).put(name, b"x")
-    flushed: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    flushed = flushes(monkeypatch)
     blocks = zs3_dist.Blocks(tmp_path, fsync=True)
     blocks.put(name, b"x")
     path = blocks.path(name)
