@@ -3278,9 +3278,9 @@ class Housekeeping:
                 return False
             for bucket, floor in answer["floors"].items():
                 self.registers.raise_floor(bucket, floor)
-            if since != answer["upto"] or epoch != view.epoch:
-                epoch, since = view.epoch, answer["upto"]
-                self.registers.set_meta(place, f"{epoch} {since}")
+            if since != answer["upto"]:
+                since = answer["upto"]
+                self.registers.set_meta(place, f"{view.epoch} {since}")
             if not answer["more"]:
                 return True
 
