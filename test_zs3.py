@@ -7489,21 +7489,17 @@ def test_fsync_is_of_the_bucket_when_what_was_deleted_was_in_a_folder_that_is_no
     assert synced == [bucket.stat().st_ino]
 
 
-def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of what is flushed from here on."""
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what is flushed from now on."""
     paths: list[str] = []
-
-    def note(file: int) -> None:
-        paths.append(os.readlink(f"/proc/self/fd/{file}"))
-
-    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", lambda fd: paths.append(os.readlink(f"/proc/self/fd/{fd}")))
     return paths
 
 
 def test_fsync_of_a_bucket_is_of_the_data_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, paths = zs3.FileStore(str(folder), fsync=True), flushed(monkeypatch)
+    store, paths = zs3.FileStore(str(folder), fsync=True), flushes(monkeypatch)
     store.create_bucket("bucket")
     assert paths == [str(folder)]
     store.delete_bucket("bucket")
@@ -7515,7 +7511,7 @@ def test_fsync_of_an_object_is_of_its_file_and_then_of_every_folder_with_a_new_n
 ) -> None:
     store, bucket = zs3.FileStore(str(folder), fsync=True), folder / "bucket"
     store.create_bucket("bucket")
-    paths = flushed(monkeypatch)
+    paths = flushes(monkeypatch)
     stored(store, b"x", "a/b/c")
     assert Path(paths[0]).parent == folder / ".tmp"
     assert paths[1:] == [str(bucket), str(bucket / "a"), str(bucket / "a/b")]
@@ -7526,7 +7522,7 @@ def test_fsync_of_a_description_is_of_its_file_and_its_folder_before_the_object(
 ) -> None:
     store = without_attributes(folder, monkeypatch)
     monkeypatch.setattr(store, "_fsync", True)
-    paths = flushed(monkeypatch)
+    paths = flushes(monkeypatch)
     stored(store, b"x")
     side = next(path for path in (folder / ".meta/bucket").glob("*/*") if path.is_file())
     described, temporary = [str(side.parent.parent), str(side), str(side.parent)], paths[3]
@@ -8779,13 +8775,6 @@ def burial_at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zs3_dist, "BURIAL_SECONDS", -math.inf)
         yield
-
-
-def flushes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of what is flushed from now on."""
-    paths: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: paths.append(os.readlink(f"/proc/self/fd/{fd}")))
-    return paths
 
 
 def owners(size: int) -> tuple[Net, list[SimCluster]]:
