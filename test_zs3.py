@@ -3489,7 +3489,7 @@ def test_law_a_scan_of_the_disk_is_the_set_of_keys_in_order(tmp_path: Path) -> N
         store.create_bucket(bucket)
         keys = {key for key in random_keys(rng) if not {".", ".."} & set(key.split("/"))}
         for key in keys:
-            store.put_object(bucket, key, zs3.Body(io.BytesIO(b""), 0), {}, zs3.NO_CONDITION)
+            store.put_object(bucket, key, body_of(b""), {}, zs3.NO_CONDITION)
         for _ in range(12):
             prefix, start = random_prefix(rng, keys), random_prefix(rng, keys)
             wanted = [
@@ -6013,11 +6013,14 @@ def test_the_sweep_goes_on_after_an_error_of_the_disk(
         store._keep_house()
 
 
+def body_of(data: bytes) -> zs3.Body:
+    return zs3.Body(io.BytesIO(data), len(data))
+
+
 def stored(
     store: zs3.FileStore, body: bytes, key: str = "k", **headers: str
 ) -> zs3.ObjectInfo:
-    reader = zs3.Body(io.BytesIO(body), len(body))
-    return store.put_object("bucket", key, reader, headers, zs3.NO_CONDITION)
+    return store.put_object("bucket", key, body_of(body), headers, zs3.NO_CONDITION)
 
 
 def without_attributes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> zs3.FileStore:
@@ -6064,7 +6067,7 @@ def test_who_loses_within_one_tick_of_the_clock_does_not_describe_the_winners_ob
 
     monkeypatch.setattr(store, "_write_record", after_another)
     with raises("PreconditionFailed"):
-        body = zs3.Body(io.BytesIO(b"lost"), 4)
+        body = body_of(b"lost")
         store.put_object("bucket", "k", body, {}, zs3.Condition(if_none_match="*"))
     assert [store.stat_object("bucket", "k")] == won
 
@@ -6129,7 +6132,7 @@ def test_a_put_whose_temporary_file_was_swept_meanwhile_is_RequestTimeout(
 
 def test_what_is_refused_already_is_refused_before_the_body_is_read(folder: Path) -> None:
     store = zs3.FileStore(str(folder))
-    body = zs3.Body(io.BytesIO(b"x"), 1)
+    body = body_of(b"x")
     with raises("NoSuchBucket"):
         store.put_object("bucket", "k", body, {}, zs3.NO_CONDITION)
     store.create_bucket("bucket")
@@ -6212,7 +6215,7 @@ class OneUpload:
         found = parse_xml(created.body).findtext("UploadId")
         assert found
         self.id = found
-        body = zs3.Body(io.BytesIO(b"old"), 3)
+        body = body_of(b"old")
         self.part = f"bucket/{self.id}/00001"
         self.store.put_object(zs3.UPLOADS, self.part, body, {}, zs3.NO_CONDITION)
 
@@ -6349,7 +6352,7 @@ def test_the_record_of_an_upload_is_deleted_last_and_then_what_came_meanwhile(
         delete(bucket, key, condition)
         deleted.append(key[-5:])
         if deleted[-1] == "00000":
-            late, body = f"bucket/{upload.id}/00002", zs3.Body(io.BytesIO(b"late"), 4)
+            late, body = f"bucket/{upload.id}/00002", body_of(b"late")
             store.put_object(zs3.UPLOADS, late, body, {}, zs3.NO_CONDITION)
 
     monkeypatch.setattr(store, "delete_object", beside_a_late_part)
@@ -6361,7 +6364,7 @@ def test_the_record_of_an_upload_is_deleted_last_and_then_what_came_meanwhile(
 def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]:
     """A part in a bucket's upload, and what the finished object is to be."""
     store.create_bucket("bucket")
-    key, body = f"bucket/{'0' * 32}/00001", zs3.Body(io.BytesIO(b"old"), 3)
+    key, body = f"bucket/{'0' * 32}/00001", body_of(b"old")
     part = store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
     return part, zs3.ObjectInfo("k", 3, zs3.multipart_etag([part]), 0.0, upload_id="0" * 32)
 
@@ -6369,7 +6372,7 @@ def part_of_an_upload(store: zs3.Store) -> tuple[zs3.ObjectInfo, zs3.ObjectInfo]
 def test_a_part_that_was_replaced_or_deleted_meanwhile_is_InvalidPart(folder: Path) -> None:
     store = zs3.FileStore(str(folder))
     part, whole = part_of_an_upload(store)
-    body = zs3.Body(io.BytesIO(b"new"), 3)
+    body = body_of(b"new")
     store.put_object(zs3.UPLOADS, part.key, body, {}, zs3.NO_CONDITION)
     with raises("InvalidPart"):
         store.concatenate("bucket", [part], whole, zs3.NO_CONDITION)
@@ -6512,7 +6515,7 @@ def test_an_upload_ends_on_nfs(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Its file is open while it is deleted: by that it is held."""
     store, upload_id = zs3.FileStore(str(folder)), "0" * 32
     for number in range(3):
-        body = zs3.Body(io.BytesIO(b"x"), 1)
+        body = body_of(b"x")
         key = f"bucket/{upload_id}/{number:05d}"
         store.put_object(zs3.UPLOADS, key, body, {}, zs3.NO_CONDITION)
     imitate_nfs(monkeypatch)
@@ -6598,7 +6601,7 @@ def test_a_file_that_somebody_puts_beside_the_parts_of_an_upload_is_no_part(fold
     store, upload_id = zs3.FileStore(str(folder)), "0" * 32
     upload = zs3.Upload(upload_id, "bucket", "k", 0.0, "", "", {})
     for number in (0, 1, 10_000):
-        body = zs3.Body(io.BytesIO(b"x"), 1)
+        body = body_of(b"x")
         store.put_object(zs3.UPLOADS, upload.part_key(number), body, {}, zs3.NO_CONDITION)
     for name in ("Thumbs.db", "00002.bak", "0003", "sub/00004"):
         path = folder / ".uploads" / "bucket" / upload_id / name
@@ -6623,39 +6626,26 @@ def test_a_listing_keeps_no_parts_in_memory(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
-@pytest.mark.parametrize("edited", [b"12", b"12345!", b"1234567"])
-def test_a_source_that_is_edited_meanwhile_is_no_copy(
-    edited: bytes, by_kernel: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("edited", "size"), [(b"12", 6), (b"12345!", 6), (b"1234567", 6), (None, 7)]
+)
+def test_a_source_that_is_edited_meanwhile_or_ends_early_is_no_copy(
+    edited: bytes | None, size: int, by_kernel: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy would have other bytes than its ETag says."""
+    """The copy would have other bytes than its ETag says, or fewer."""
     if not by_kernel:
         monkeypatch.delattr(os, "copy_file_range")
     store = zs3.FileStore(str(folder))
     store.create_bucket("bucket")
     stored(store, b"123456")
     info, content = store.open_object("bucket", "k")
-    (folder / "bucket" / "k").write_bytes(edited)  # in place
+    if edited is not None:
+        (folder / "bucket" / "k").write_bytes(edited)  # in place
+    copy = zs3.replace(info, key="copy", size=size)
     with contextlib.closing(content), raises("SlowDown"):
-        store.copy_object(zs3.replace(info, key="copy"), content, "bucket", zs3.NO_CONDITION)
+        store.copy_object(copy, content, "bucket", zs3.NO_CONDITION)
     assert [each.key for each in store.scan("bucket", "", "", "")] == ["k"]
     assert os.listdir(folder / ".tmp") == []
-
-
-@pytest.mark.parametrize("by_kernel", [True, False])
-def test_a_source_that_ends_early_is_no_copy(
-    by_kernel: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever its size and date say."""
-    if not by_kernel:
-        monkeypatch.delattr(os, "copy_file_range")
-    store = zs3.FileStore(str(folder))
-    store.create_bucket("bucket")
-    stored(store, b"123456")
-    info, content = store.open_object("bucket", "k")
-    longer = zs3.replace(info, key="copy", size=7)
-    with contextlib.closing(content), raises("SlowDown"):
-        store.copy_object(longer, content, "bucket", zs3.NO_CONDITION)
-    assert [each.key for each in store.scan("bucket", "", "", "")] == ["k"]
 
 
 def test_an_error_in_the_last_digest_of_a_large_body_is_not_lost(
@@ -7834,27 +7824,32 @@ def test_the_banner_says_names_as_they_are(tmp_path: Path) -> None:
         server.wait_for_line(f"data in {tmp_path}/données-数据")
 
 
-@pytest.mark.parametrize("name", ["ZS3_ACL", "MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"])
+@pytest.mark.parametrize(
+    ("name", "text", "beside"),
+    [("ZS3_ACL", "admin:from-a-file:of-a-file", {}),
+     ("MINIO_ROOT_USER", "from-a-file", {"MINIO_ROOT_PASSWORD": "of-a-file"}),
+     ("MINIO_ROOT_PASSWORD", "of-a-file", {"MINIO_ROOT_USER": "from-a-file"})],
+)  # fmt: skip
 def test_a_variable_may_come_in_a_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, text: str, beside: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As containers are given secrets."""
-    given = {"ZS3_ACL": "admin:from-a-file:of-a-file", "MINIO_ROOT_USER": "from-a-file",
-             "MINIO_ROOT_PASSWORD": "of-a-file"}  # fmt: skip
-    (tmp_path / "secret").write_text(given.pop(name) + "\n")
-    for other, value in given.items() if name != "ZS3_ACL" else ():
-        if other != "ZS3_ACL":
-            monkeypatch.setenv(other, value)
+    (tmp_path / "secret").write_text(f"{text}\n")
+    for other, value in beside.items():
+        monkeypatch.setenv(other, value)
     monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "secret"))
-    expected = zs3.Credential("admin", "from-a-file", "of-a-file")
-    assert zs3.parse_arguments([]).credentials == {"from-a-file": expected}
+    expected = {"from-a-file": zs3.Credential("admin", "from-a-file", "of-a-file")}
+    assert zs3.parse_arguments([]).credentials == expected
     (tmp_path / "empty").touch()
-    for file, text in (("missing", "No such file"), ("empty", "is empty")):
+    for file, why in (("missing", "No such file"), ("empty", "is empty")):
         monkeypatch.setenv(f"{name}_FILE", str(tmp_path / file))
-        with pytest.raises(SystemExit, match=f"{name}_FILE: .*{text}"):
+        with pytest.raises(SystemExit, match=f"{name}_FILE: .*{why}"):
             zs3.parse_arguments([])
     monkeypatch.setenv(f"{name}_FILE", "")
-    assert "from-a-file" not in zs3.parse_arguments([]).credentials or name == "MINIO_ROOT_PASSWORD"
+    access = beside.get("MINIO_ROOT_USER", "minioadmin")
+    secret = beside.get("MINIO_ROOT_PASSWORD", "minioadmin")
+    without = {access: zs3.Credential("admin", access, secret)}
+    assert zs3.parse_arguments([]).credentials == without
     monkeypatch.setenv(f"{name}_FILE", "a-secret")  # that of Docker is looked for in its folder
     with pytest.raises(SystemExit, match="/run/secrets/a-secret"):
         zs3.parse_arguments([])
@@ -10713,10 +10708,6 @@ def test_a_write_of_unknown_outcome_keeps_its_blocks_for_a_while_without_a_threa
     assert pins.list() == []
 
 
-def body_of(data: bytes) -> zs3.Body:
-    return zs3.Body(io.BytesIO(data), len(data))
-
-
 def test_a_repeated_complete_beside_the_first_changes_nothing_that_came_after(
     lonely: Lonely, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -10725,7 +10716,7 @@ def test_a_repeated_complete_beside_the_first_changes_nothing_that_came_after(
     store.create_bucket("bucket")
     request = zs3.Request("POST", "/bucket/k", "uploads", {}, zs3.Settings({}, min_part_bytes=1))
     request.bucket, request.key = "bucket", "k"
-    request.body = zs3.Body(io.BytesIO(), 0)
+    request.body = body_of(b"")
     created = zs3.create_multipart_upload(store, request).body
     assert isinstance(created, bytes)
     request.query = {"uploadId": re.findall("<UploadId>(.*)</UploadId>", created.decode())[0]}
@@ -10911,7 +10902,7 @@ def test_deleting_a_bucket_leaves_the_uploads_of_one_made_anew_meanwhile(
 ) -> None:
     store: Any = lonely.store if in_a_cluster else zs3.FileStore(str(tmp_path / "data"))
     store.create_bucket("bucket")
-    old, empty = f"bucket/{'1' * 32}/00001", zs3.Body(io.BytesIO(), 0)
+    old, empty = f"bucket/{'1' * 32}/00001", body_of(b"")
     store.put_object(zs3.UPLOADS, old, empty, {}, zs3.NO_CONDITION)
     delete = store.delete_bucket
 
@@ -10934,7 +10925,7 @@ def test_an_upload_begun_while_its_bucket_is_deleted_is_not_in_the_next_of_that_
     store.create_bucket("bucket")
     request = zs3.Request("POST", "/bucket/k", "uploads", {}, zs3.Settings({}))
     request.bucket, request.key = "bucket", "k"
-    request.body = zs3.Body(io.BytesIO(), 0)
+    request.body = body_of(b"")
     put, delete = store.put_object, store.delete_bucket
 
     def put_late(*given: Any) -> zs3.ObjectInfo:
@@ -10969,7 +10960,7 @@ def test_a_complete_that_is_late_does_not_undo_what_came_after_its_upload_ended(
     def late(*given: Any) -> Any:
         done = join(*given)
         zs3.discard_upload(store, "bucket", info.upload_id)
-        store.put_object("bucket", "k", zs3.Body(io.BytesIO(b"new!"), 4), {}, zs3.NO_CONDITION)
+        store.put_object("bucket", "k", body_of(b"new!"), {}, zs3.NO_CONDITION)
         if deleted:
             store.delete_object("bucket", "k", zs3.NO_CONDITION)
         return done

@@ -1564,7 +1564,7 @@ SPELLED = [
 STILL_OPEN = re.compile(r"\.nfs[0-9a-f]{24}|\.fuse_hidden[0-9a-f]{16,24}")
 NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 UNREADABLE = (*NOTHING_THERE, errno.EACCES)  # a folder that the server may not read has no objects
-NOT_TO_BE_HAD = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # by a key
+NOT_TO_BE_HAD = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a path
 NO_ATTRIBUTE = (  # for this file, on its file system, or for this process
     *UNREADABLE, errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM,
 )

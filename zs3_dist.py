@@ -3368,16 +3368,16 @@ class Housekeeping:
         lacking: set[Grave] = set()
         owners: dict[Contact, list[Grave]] = {}
         for grave in graves:
-            asked = everyone(view.groups(grave[0]))
-            if any(self.cluster.peers.skipped(contact.node) for contact in asked):
+            contacts = everyone(view.groups(grave[0]))
+            if any(self.cluster.peers.skipped(contact.node) for contact in contacts):
                 lacking.add(grave)
                 continue
-            for contact in asked:
+            for contact in contacts:
                 owners.setdefault(contact, []).append(grave)
-        for contact, buried in owners.items():
-            answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": buried}, contact)
+        for contact, asked in owners.items():
+            answer = self.cluster.call("buried", {"epoch": view.epoch, "graves": asked}, contact)
             said = answer.get("buried", []) if answer else []
-            lacking.update(grave for grave, one in itertools.zip_longest(buried, said) if not one)
+            lacking.update(grave for grave, one in itertools.zip_longest(asked, said) if not one)
         return [grave for grave in graves if grave not in lacking]
 
     # --- Blocks ---
@@ -3800,14 +3800,14 @@ class Membership:
             return
         self._hello_all(self.cluster.known_view())  # the other may be there all the same
         view = self.cluster.known_view()
-        before, alone = view.member(self.node.own.node), self._left_alone(view.members)
-        moved = before if alone and before != self.node.own else None
         pair = ids(view.previous)
         if len(pair) == 2 and self.ordered in pair and self.node.own.node not in pair:
             other = next(c.address for c in view.previous if c.node != self.ordered)
             LOG.error("--forget: only %s can do that now: start it with this option", other)
             self.obeyed = True
             return
+        before, alone = view.member(self.node.own.node), self._left_alone(view.members)
+        moved = before if alone and before != self.node.own else None
         if moved is None or self._is_elsewhere(moved.address):
             view = self.cluster.view()
         if view.member(self.ordered):
